@@ -1,0 +1,52 @@
+"""One block: joint attention, then an MLP for each stream, each branch normed, gated and added.
+
+Shapes: `B` batch, `N` visual tokens, `L` text tokens.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import DiTConfig
+from .attention import AsymmetricAttention
+from .layers import GatedMLP, gated_residual, modulated_rms_norm
+
+
+class AsymmetricJointBlock(nn.Module):
+    """The last block of a model does not update the text: nothing reads it afterwards."""
+
+    def __init__(self, config: DiTConfig, update_text: bool, operations: ModuleType | Any, **factory: Any):
+        super().__init__()
+        self.update_text = update_text
+        visual, text = config.visual_dim, config.text_dim
+        self.mod_x = operations.Linear(visual, 4 * visual, **factory)
+        self.mod_y = operations.Linear(visual, (4 if update_text else 1) * text, **factory)
+        self.attn = AsymmetricAttention(config, update_text, operations, **factory)
+        self.mlp_x = GatedMLP(visual, config.visual_mlp_dim, operations, **factory)
+        self.mlp_y = GatedMLP(text, config.text_mlp_dim, operations, **factory) if update_text else None
+
+    def forward(
+        self,
+        visual: torch.Tensor,
+        text: torch.Tensor,
+        conditioning: torch.Tensor,
+        rotation: torch.Tensor,
+        text_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`visual`: `B N visual_dim`, `text`: `B L text_dim`, `conditioning`: `B visual_dim`; the streams again."""
+        conditioning = F.silu(conditioning)
+        attn_scale, attn_gate, mlp_scale, mlp_gate = self.mod_x(conditioning).chunk(4, dim=-1)
+        text_modulation = self.mod_y(conditioning)
+        text_modulation = text_modulation.chunk(4, dim=-1) if self.update_text else (text_modulation,)
+
+        visual_branch, text_branch = self.attn(visual, text, attn_scale, text_modulation[0], rotation, text_mask)
+        visual = gated_residual(visual, visual_branch, attn_gate)
+        visual = gated_residual(visual, self.mlp_x(modulated_rms_norm(visual, mlp_scale)), mlp_gate)
+        if self.mlp_y is not None:
+            _, text_attn_gate, text_mlp_scale, text_mlp_gate = text_modulation
+            text = gated_residual(text, text_branch, text_attn_gate)
+            text = gated_residual(text, self.mlp_y(modulated_rms_norm(text, text_mlp_scale)), text_mlp_gate)
+        return visual, text

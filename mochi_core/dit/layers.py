@@ -1,0 +1,86 @@
+"""The small pieces that every block is made of: norms, gates, the gated MLP.
+
+The reference keeps norms, gates and rotations in float32 whatever the weights are; so do we (float64 stays float64).
+
+Shapes: `B` batch, `N` tokens, `C` channels.
+"""
+
+from types import ModuleType
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..numerics import CPU_CACHE_VALUES, silu, widen
+
+NORM_EPS = 1e-6
+
+
+def over_tokens(function: Callable[..., torch.Tensor], *tokens: torch.Tensor, shared: Sequence[torch.Tensor] = ()):
+    """`function(*tokens, *shared)` in the dtype of the first; `tokens` are split along axis 1, `shared` are not.
+
+    These functions make several widened temporaries. On a CPU, a few tokens at a time keeps them in its cache,
+    where the whole at once would fetch fresh memory for each: the same numbers, several times faster.
+    """
+    first = tokens[0]
+    count = first.shape[1]
+    step = max(1, CPU_CACHE_VALUES * count // max(1, first.numel()))
+    if first.device.type != "cpu" or torch.is_grad_enabled() or step >= count:
+        return function(*tokens, *shared).to(first.dtype)
+    out = torch.empty(first.shape, dtype=first.dtype)
+    for start in range(0, count, step):
+        out[:, start : start + step] = function(*(t[:, start : start + step] for t in tokens), *shared)
+    return out
+
+
+def _rms_normalized(x: torch.Tensor) -> torch.Tensor:
+    """`x` over its root mean square along the last axis, widened."""
+    return F.rms_norm(widen(x), x.shape[-1:], eps=NORM_EPS)
+
+
+def modulated_rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """RMS norm whose gain, `1 + scale`, comes from the conditioning. `x`: `B N C`, `scale`: `B C`."""
+    gain = (1 + widen(scale)).unsqueeze(1)
+    return over_tokens(lambda x, gain: _rms_normalized(x) * gain, x, shared=[gain])
+
+
+def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`x` plus the RMS-normed branch times `tanh(gate)`. `x`, `branch`: `B N C`, `gate`: `B C`."""
+    opening = widen(gate).tanh().unsqueeze(1)
+    return over_tokens(
+        lambda x, branch, opening: x + (_rms_normalized(branch) * opening).to(x.dtype), x, branch, shared=[opening]
+    )
+
+
+def silu_times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`silu(x) * factor`, both `B N C`."""
+    return over_tokens(lambda x, factor: silu(x) * factor, x, factor)
+
+
+class GatedMLP(nn.Module):
+    """`w2(silu(a) * b)`, where `w1` makes `a` and `b` at once (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, dim: int, inner_dim: int, operations: ModuleType | Any, **factory: Any):
+        super().__init__()
+        self.w1 = operations.Linear(dim, 2 * inner_dim, bias=False, **factory)
+        self.w2 = operations.Linear(inner_dim, dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated, linear = self.w1(x).chunk(2, dim=-1)
+        return self.w2(silu_times(activated, linear))
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches: layer norm, shift and scale from the conditioning, one linear map."""
+
+    def __init__(self, dim: int, patch_values: int, operations: ModuleType | Any, **factory: Any):
+        super().__init__()
+        self.mod = operations.Linear(dim, 2 * dim, **factory)
+        self.linear = operations.Linear(dim, patch_values, **factory)
+
+    def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """`x`: `B N C`, `conditioning`: `B C`; returns `B N patch_values`."""
+        shift, scale = widen(self.mod(F.silu(conditioning))).unsqueeze(1).chunk(2, dim=-1)
+        normalized = F.layer_norm(widen(x), x.shape[-1:], eps=NORM_EPS)
+        return self.linear((normalized * (1 + scale) + shift).to(x.dtype))

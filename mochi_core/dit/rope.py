@@ -1,0 +1,49 @@
+"""Learned mixed rotary positions: each head has its own frequencies for time, row and column at once.
+
+A token at (t, y, x) turns pair `f` of head `a` by `t*w[0,a,f] + y*w[1,a,f] + x*w[2,a,f]`. The three turns multiply as
+complex numbers, so the table is a product of three small ones, each made in float64: exact, and no large cosine.
+
+Rows and columns are spread so that any picture covers the area of 192 x 192 patches around the origin; that is how
+the released frequencies were learned.
+
+Shapes: `T H W` = latent frames, patch rows, patch columns, `N = T*H*W`, `A` heads, `F` frequencies (half a head).
+"""
+
+import math
+
+import torch
+
+from ..numerics import widen
+
+TARGET_AREA = 192 * 192
+
+
+def axis_positions(frames: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The coordinates of the grid along each axis, in float64."""
+    spread = math.sqrt(TARGET_AREA / (rows * columns))
+
+    def centered(count: int) -> torch.Tensor:
+        return (torch.arange(count, dtype=torch.float64) - (count - 1) / 2) * spread
+
+    return torch.arange(frames, dtype=torch.float64), centered(rows), centered(columns)
+
+
+def rotations(frequencies: torch.Tensor, frames: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Unit complex numbers that turn every token's pairs.
+
+    `frequencies`: `3 A F`, learned, in radians a step. Returns `N A F`, complex64 (complex128 for float64 weights).
+    """
+    complex_dtype = torch.complex128 if frequencies.dtype == torch.float64 else torch.complex64
+    exact = frequencies.detach().to("cpu", torch.float64)
+    time, row, column = (
+        torch.polar(torch.ones(len(p), *f.shape, dtype=torch.float64), p.view(-1, 1, 1) * f).to(device, complex_dtype)
+        for p, f in zip(axis_positions(frames, rows, columns), exact)
+    )
+    table = time[:, None, None] * (row[:, None] * column[None, :])[None]
+    return table.flatten(0, 2)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turns neighbouring pairs of `x` (`B N A D`) by `table` (`1 N A D/2`); widened like the table."""
+    pairs = torch.view_as_complex(widen(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2)

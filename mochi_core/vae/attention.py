@@ -1,0 +1,51 @@
+"""Temporal attention of the encoder: each pixel's frames attend to the frames before them.
+
+Shapes: `B C T H W` = batch, channels, frames, rows, columns, `A` heads, `D` head width.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import GROUP_NORM_GROUPS, VAE_HEAD_DIM
+from .norm import per_frame
+
+# CUDA's attention kernels take no more than 2**16 - 1 sequences at once.
+SEQUENCES_AT_ONCE = 1 << 15
+
+
+class TemporalAttention(nn.Module):
+    """Causal attention over time with queries and keys of unit length."""
+
+    def __init__(self, channels: int, operations: ModuleType | Any, **factory: Any):
+        super().__init__()
+        self.qkv = operations.Linear(channels, 3 * channels, bias=False, **factory)
+        self.out = operations.Linear(channels, channels, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, _, _, height, width = x.shape
+        pixels = rearrange(x, "B C T H W -> (B H W) T C")
+        attended = torch.cat([self._attend(some) for some in pixels.split(SEQUENCES_AT_ONCE)])
+        return rearrange(attended, "(B H W) T C -> B C T H W", B=batch, H=height, W=width)
+
+    def _attend(self, pixels: torch.Tensor) -> torch.Tensor:
+        q, k, v = rearrange(self.qkv(pixels), "P T (three A D) -> three P A T D", three=3, D=VAE_HEAD_DIM)
+        q, k = F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(rearrange(out, "P A T D -> P T (A D)"))
+
+
+class TemporalAttentionBlock(nn.Module):
+    """Norm and temporal attention, added to the input."""
+
+    def __init__(self, channels: int, operations: ModuleType | Any, **factory: Any):
+        super().__init__()
+        self.norm = operations.GroupNorm(GROUP_NORM_GROUPS, channels, **factory)
+        self.attn = TemporalAttention(channels, operations, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attn(per_frame(self.norm, x))

@@ -1,0 +1,62 @@
+"""Decoding in overlapping tiles, as the reference's `tiled_spatial` does, for videos that must match older ones.
+
+Tiles see no pixels beyond their edge and each norm sees its tile only, so this is not exact: a blend hides the seams.
+`Decoder.stream` needs no tiles.
+
+Shapes: `B C T H W` = batch, channels, frames, rows, columns; `t h w` the same in latent space.
+"""
+
+from typing import Callable
+
+import torch
+
+from ..errors import ShapeError
+
+
+def decode_tiled(
+    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, rows: int, columns: int, overlap: int = 0
+) -> torch.Tensor:
+    """`decode` on `rows` x `columns` tiles, each a halving of a halving, blended linearly where they overlap.
+
+    `latents`: `B C t h w`; `overlap` in latent pixels, even. Returns what `decode` returns, `B 3 T H W`.
+    Raises `ShapeError` on tile numbers that are no powers of two, or tiles smaller than their overlap.
+    """
+    for name, count, size in (("tile rows", rows, latents.shape[-2]), ("tile columns", columns, latents.shape[-1])):
+        if count < 1 or count & (count - 1):
+            raise ShapeError(f"{name} is {count}", "it must be a power of two", "Use 1, 2, 4 or 8")
+        if count > 1 and size // count < max(1, overlap // 2):
+            raise ShapeError(
+                f"{count} {name} of {size} latent pixels with an overlap of {overlap}",
+                "a tile must be at least half as large as its overlap",
+                "Use fewer tiles or a smaller overlap",
+            )
+    if overlap < 0 or overlap % 2:
+        raise ShapeError(f"overlap is {overlap}", "it must be an even number, zero or more", f"Use {abs(overlap) // 2 * 2}")
+    return _halve(decode, latents, rows, columns, overlap)
+
+
+def _halve(
+    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, rows: int, columns: int, overlap: int
+) -> torch.Tensor:
+    if rows == columns == 1:
+        return decode(latents)
+    dim = -1 if columns > 1 else -2
+    rest = (rows, columns // 2) if columns > 1 else (rows // 2, columns)
+    size = latents.shape[dim]
+    half = size // 2
+    before = latents.narrow(dim, 0, half + overlap // 2)
+    after = latents.narrow(dim, half - overlap // 2, size - half + overlap // 2)
+    first, second = (_halve(decode, part, *rest, overlap) for part in (before, after))
+    return blend(first, second, overlap * first.shape[dim] // before.shape[dim], dim)
+
+
+def blend(first: torch.Tensor, second: torch.Tensor, overlap: int, dim: int) -> torch.Tensor:
+    """The two side by side along `dim`, crossfaded linearly over `overlap` pixels that both have."""
+    if overlap == 0:
+        return torch.cat([first, second], dim=dim)
+    start = first.shape[dim] - overlap
+    weight = torch.arange(1, overlap + 1, dtype=first.dtype, device=first.device) / (overlap + 1)
+    weight = weight.view(-1, *[1] * (-dim - 1))
+    crossfade = torch.lerp(first.narrow(dim, start, overlap), second.narrow(dim, 0, overlap), weight)
+    tail = second.narrow(dim, overlap, second.shape[dim] - overlap)
+    return torch.cat([first.narrow(dim, 0, start), crossfade, tail], dim=dim)
