@@ -12,7 +12,7 @@ class MochiError(ValueError):
 
     def __init__(self, value: str, rule: str, remedy: str):
         self.value, self.rule, self.remedy = value, rule, remedy
-        super().__init__(" ".join(f"{part.rstrip('.')}." for part in (value, rule, remedy)))
+        super().__init__(f"{value}: {rule}. {remedy}.")
 
 
 class ConfigError(MochiError):

@@ -1,0 +1,1 @@
+"""Weight files: reading them, knowing what is in them, building networks from them."""

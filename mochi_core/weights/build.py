@@ -1,0 +1,112 @@
+"""Networks from files: the architecture from the metadata, built on the meta device, filled with mapped tensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import T5EncoderModel
+
+from ..config import MOCHI_1, DiTConfig, TextConfig, VAEConfig
+from ..dit import AsymmDiT
+from ..latents import LatentStatistics
+from ..text.t5 import empty_t5
+from ..text.tokenizer import Tokenizer
+from ..vae import Decoder, Encoder
+from . import layouts
+from .checkpoint import Checkpoint, fill
+
+TINY_ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
+TINY_NAME = "mochi-video-tiny"
+TINY_DIT = TINY_ASSETS / "mochi_video_tiny_dit.safetensors"
+TINY_VAE = TINY_ASSETS / "mochi_video_tiny_vae.safetensors"
+TINY_T5 = TINY_ASSETS / "mochi_video_tiny_t5.safetensors"
+TINY_TOKENIZER = TINY_ASSETS / "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class VAE:
+    """What a VAE file held: either half may be missing."""
+
+    decoder: Decoder | None
+    encoder: Encoder | None
+    statistics: LatentStatistics
+
+
+def dit_config(checkpoint: Checkpoint) -> DiTConfig:
+    """The DiT architecture that the file's metadata gives; none means the released one."""
+    values = checkpoint.json_metadata("config")
+    return MOCHI_1.dit if values is None else DiTConfig.from_metadata(values)
+
+
+def vae_config(checkpoint: Checkpoint) -> VAEConfig:
+    """The VAE architecture that the file's metadata gives; none means the released one."""
+    values = checkpoint.json_metadata("config")
+    return MOCHI_1.vae if values is None else VAEConfig.from_metadata(values)
+
+
+def text_config(checkpoint: Checkpoint) -> TextConfig:
+    """The T5 architecture that the file's metadata gives; none means T5 v1.1 XXL's encoder."""
+    values = checkpoint.json_metadata("config")
+    return MOCHI_1.text if values is None else TextConfig.from_metadata(values)
+
+
+def load_dit(
+    path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn
+) -> tuple[AsymmDiT, LatentStatistics]:
+    """The DiT of a file, on the CPU, in the file's dtype unless `dtype` says otherwise.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
+    """
+    checkpoint = Checkpoint(path)
+    prefix = layouts.find(checkpoint, layouts.DIT)
+    network = AsymmDiT(dit_config(checkpoint), operations=operations, device="meta")
+    fill(network, checkpoint.tensors(prefix, dtype), str(path))
+    return network.eval(), LatentStatistics.from_metadata(checkpoint.metadata)
+
+
+def load_vae(
+    path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn
+) -> VAE:
+    """The VAE halves that a file holds, on the CPU, in the file's dtype unless `dtype` says otherwise.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
+    """
+    checkpoint = Checkpoint(path)
+    config = vae_config(checkpoint)
+
+    def half(part: layouts.Part, network: type) -> Any:
+        prefix = part.prefix_in(checkpoint.names)
+        if prefix is None:
+            return None
+        module = network(config, operations=operations, device="meta")
+        fill(module, checkpoint.tensors(prefix, dtype), str(path))
+        return module.eval()
+
+    decoder, encoder = half(layouts.DECODER, Decoder), half(layouts.ENCODER, Encoder)
+    if decoder is None and encoder is None:
+        layouts.find(checkpoint, layouts.DECODER)
+    return VAE(decoder, encoder, LatentStatistics.from_metadata(checkpoint.metadata))
+
+
+def load_t5(path: str | Path, *, dtype: torch.dtype | None = None) -> T5EncoderModel:
+    """The T5 encoder of a file, on the CPU, in the file's dtype unless `dtype` says otherwise.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
+    """
+    checkpoint = Checkpoint(path)
+    prefix = layouts.find(checkpoint, layouts.T5)
+    network = empty_t5(text_config(checkpoint))
+    tensors = checkpoint.tensors(prefix, dtype)
+    # The one embedding has two names in this class; files hold either or both.
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    fill(network, tensors, str(path))
+    network.tie_weights()
+    return network.eval()
+
+
+def load_tiny_tokenizer() -> Tokenizer:
+    """The embedded checkpoint's tokenizer."""
+    return Tokenizer.from_path(TINY_TOKENIZER)
