@@ -53,6 +53,10 @@ class Tokenizer:
         """Every token of `text`, the end token last, however many there are."""
         return self._tokenizer.encode(text).ids
 
+    def text_of(self, ids: list[int]) -> str:
+        """About the text that these tokens came from."""
+        return self._tokenizer.decode(ids)
+
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
 

@@ -1,0 +1,33 @@
+"""The nodes, one family a file. They are thin: the model is `mochi_core`, the host is behind `_host` and `native_*`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .conditioning import MochiVideoTextEncode
+from .decoding import MochiVideoDecode, MochiVideoEncode
+from .loading import MochiVideoDiTLoader, MochiVideoT5Loader, MochiVideoVAELoader
+from .sampling import MochiVideoGuider, MochiVideoSampler
+from .schedule import MochiVideoSigmas
+from .size import MochiVideoSize
+
+NODES: list[type[io.ComfyNode]] = [
+    MochiVideoT5Loader,
+    MochiVideoDiTLoader,
+    MochiVideoVAELoader,
+    MochiVideoTextEncode,
+    MochiVideoSize,
+    MochiVideoSigmas,
+    MochiVideoGuider,
+    MochiVideoSampler,
+    MochiVideoDecode,
+    MochiVideoEncode,
+]
+
+
+class MochiVideoExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> MochiVideoExtension:
+    """What ComfyUI asks for the nodes."""
+    return MochiVideoExtension()

@@ -1,0 +1,145 @@
+"""Latents to frames, and frames to latents."""
+
+from fractions import Fraction
+
+import torch
+from comfy_api.latest import InputImpl, Types, io
+
+from mochi_core.errors import ShapeError, WeightsError
+from mochi_core.latents import require_finite
+from mochi_core.shapes import FRAMES_PER_LATENT, PIXELS_PER_PATCH, RELEASED_FPS
+
+from . import _host
+from .native_vae import MODES, MochiVAE
+
+CATEGORY = "Mochi Video/latent"
+
+
+def _ours(vae: object) -> MochiVAE:
+    if not isinstance(vae, MochiVAE):
+        raise WeightsError(
+            f"The VAE is a {type(vae).__name__} of another loader",
+            "exact streaming and the posterior need this pack's VAE",
+            "Load the file with Mochi Video VAE Loader, or use the host's own VAE nodes",
+        )
+    return vae
+
+
+class MochiVideoDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _host.schema(
+            node_id="MochiVideoDecode",
+            display_name="Mochi Video Decode",
+            category=CATEGORY,
+            description="Turns latents into frames and a video.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Mochi Video VAE Loader."),
+                io.Latent.Input("latent", tooltip="From a sampler."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=MODES[0],
+                    tooltip="streaming: exact, memory does not grow with length. full: exact, all at once. tiled spatial: "
+                    "blended tiles as in the reference, for matching older videos.",
+                ),
+                io.Float.Input(
+                    "fps", default=float(RELEASED_FPS), min=1.0, max=240.0, step=1.0, tooltip="Mochi makes 30 a second."
+                ),
+                _host.advanced(io.Int.Input("tile_rows", default=2, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")),
+                _host.advanced(io.Int.Input("tile_columns", default=4, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")),
+                _host.advanced(
+                    io.Int.Input("tile_overlap", default=0, min=0, max=64, step=2, tooltip="Tiled: latent pixels, even.")
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="IMAGE", tooltip="Every frame."),
+                io.Video.Output(display_name="VIDEO", tooltip="For the host's Save Video."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: io.Vae.Type,
+        latent: io.Latent.Type,
+        mode: str,
+        fps: float,
+        tile_rows: int,
+        tile_columns: int,
+        tile_overlap: int,
+    ) -> io.NodeOutput:
+        samples = latent["samples"]
+        require_finite(samples, "The latents to decode")
+        options: dict[str, object] = {"mode": mode}
+        if mode == "tiled spatial":
+            options |= {"rows": tile_rows, "columns": tile_columns, "overlap": tile_overlap}
+        images = _ours(vae).for_mode(mode).decode(samples, vae_options=options).flatten(0, 1)
+        components = Types.VideoComponents(images=images, frame_rate=Fraction(fps).limit_denominator(1001))
+        return io.NodeOutput(images, InputImpl.VideoFromComponents(components))
+
+
+class MochiVideoEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _host.schema(
+            node_id="MochiVideoEncode",
+            display_name="Mochi Video Encode",
+            category=CATEGORY,
+            description="Turns frames into latents. Frames are cropped to the grid: multiples of 16 pixels, 6k+1 frames.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Mochi Video VAE Loader, with an encoder."),
+                io.Image.Input("image", optional=True, tooltip="Frames to encode: these or a video."),
+                io.Video.Input("video", optional=True, tooltip="A video to encode: this or frames."),
+                _host.advanced(
+                    io.Boolean.Input(
+                        "sample_posterior",
+                        default=False,
+                        tooltip="Draw the latents from the encoder's distribution instead of taking its mean.",
+                    )
+                ),
+                _host.advanced(
+                    io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of that draw.")
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="Latents in VAE space.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: io.Vae.Type,
+        image: torch.Tensor | None = None,
+        video: io.Video.Type | None = None,
+        sample_posterior: bool = False,
+        seed: int = 0,
+    ) -> io.NodeOutput:
+        if (image is None) == (video is None):
+            raise ShapeError(
+                "Neither image nor video is connected" if image is None else "Both image and video are connected",
+                "there must be one of them",
+                "Connect one",
+            )
+        frames = cropped(image if video is None else video.get_components().images)
+        require_finite(frames, "The frames to encode")
+        return io.NodeOutput({"samples": _ours(vae).encode_frames(frames, seed if sample_posterior else None)})
+
+
+def cropped(frames: torch.Tensor) -> torch.Tensor:
+    """`T H W C` cut to the grid, the picture around its middle, the clip at its end; says so when anything goes."""
+    count, height, width = frames.shape[:3]
+    if min(height, width) < PIXELS_PER_PATCH or not count:
+        raise ShapeError(
+            f"The frames are {width}x{height}, {count} of them",
+            f"there must be at least one, of {PIXELS_PER_PATCH} x {PIXELS_PER_PATCH} pixels or more",
+            "Scale them up",
+        )
+    keep = (count - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+    rows, columns = (size // PIXELS_PER_PATCH * PIXELS_PER_PATCH for size in (height, width))
+    if (keep, rows, columns) != (count, height, width):
+        _host.log.warning(
+            "encoding %dx%d, %d frames of %dx%d, %d frames: the grid is 16 pixels and 6k+1 frames",
+            columns, rows, keep, width, height, count,
+        )  # fmt: skip
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return frames[:keep, top : top + rows, left : left + columns, :3]

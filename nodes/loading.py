@@ -1,0 +1,114 @@
+"""The three loaders: T5, DiT and VAE, each from a file or from the embedded checkpoint."""
+
+from comfy_api.latest import io
+
+from mochi_core.weights.build import TINY_DIT, TINY_NAME, TINY_T5, TINY_TOKENIZER, TINY_VAE
+
+from . import _host
+from .native_clip import HOST_TOKENIZER, load_clip
+from .native_dit import MEMORY, load_model
+from .native_vae import load_native_vae
+
+T5_FOLDERS = ("text_encoders",)
+DIT_FOLDERS = ("diffusion_models", "checkpoints")
+VAE_FOLDERS = ("vae",)
+ATTENTION = ("auto", "sdpa", "reference")
+CATEGORY = "Mochi Video/loaders"
+
+
+def _dtype_input(tooltip: str) -> io.Combo.Input:
+    return _host.advanced(io.Combo.Input("dtype", options=list(_host.DTYPES), default="auto", tooltip=tooltip))
+
+
+class MochiVideoT5Loader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _host.schema(
+            node_id="MochiVideoT5Loader",
+            display_name="Mochi Video T5 Loader",
+            category=CATEGORY,
+            description="Loads the text encoder that turns a prompt into what Mochi reads.",
+            inputs=[
+                io.Combo.Input(
+                    "t5_name",
+                    options=_host.model_names(T5_FOLDERS),
+                    tooltip=f"A T5 v1.1 XXL encoder from models/text_encoders, or {TINY_NAME}, which comes with this pack.",
+                ),
+                _dtype_input("Keep the file's precision (auto), or convert it while loading."),
+            ],
+            outputs=[io.Clip.Output(tooltip="For Mochi Video Text Encode, or the host's own CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, t5_name: str, dtype: str) -> io.NodeOutput:
+        if t5_name == TINY_NAME:
+            return io.NodeOutput(load_clip(str(TINY_T5), TINY_TOKENIZER, _host.DTYPES[dtype]))
+        return io.NodeOutput(load_clip(_host.model_path(t5_name, T5_FOLDERS), HOST_TOKENIZER, _host.DTYPES[dtype]))
+
+
+class MochiVideoDiTLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _host.schema(
+            node_id="MochiVideoDiTLoader",
+            display_name="Mochi Video DiT Loader",
+            category=CATEGORY,
+            description="Loads the diffusion transformer that makes the video's latents.",
+            inputs=[
+                io.Combo.Input(
+                    "dit_name",
+                    options=_host.model_names(DIT_FOLDERS),
+                    tooltip=f"A Mochi DiT from models/diffusion_models, or {TINY_NAME}, which comes with this pack.",
+                ),
+                _dtype_input("Keep the file's precision (auto), or convert it while loading."),
+                _host.advanced(
+                    io.Combo.Input(
+                        "attention",
+                        options=list(ATTENTION),
+                        default="auto",
+                        tooltip="auto: the fastest exact kernel that checks itself on this device.",
+                    )
+                ),
+                _host.advanced(
+                    io.Combo.Input(
+                        "memory",
+                        options=list(MEMORY),
+                        default="auto",
+                        tooltip="auto: the host decides. resident: the whole model in VRAM. streamed: as little VRAM as "
+                        "possible, slower.",
+                    )
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="For Mochi Video Sampler or Guider, or the host's own samplers.")],
+        )
+
+    @classmethod
+    def execute(cls, dit_name: str, dtype: str, attention: str, memory: str) -> io.NodeOutput:
+        path = str(TINY_DIT) if dit_name == TINY_NAME else _host.model_path(dit_name, DIT_FOLDERS)
+        return io.NodeOutput(load_model(path, _host.DTYPES[dtype], attention, memory))
+
+
+class MochiVideoVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _host.schema(
+            node_id="MochiVideoVAELoader",
+            display_name="Mochi Video VAE Loader",
+            category=CATEGORY,
+            description="Loads the VAE that turns latents into frames, and frames into latents.",
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=_host.model_names(VAE_FOLDERS),
+                    tooltip="A Mochi VAE from models/vae: decoder, encoder or both. "
+                    f"{TINY_NAME} comes with this pack.",
+                ),
+                _dtype_input("The precision to compute in. auto: what the host prefers on this device."),
+            ],
+            outputs=[io.Vae.Output(tooltip="For Mochi Video Decode or Encode, or the host's own VAE nodes.")],
+        )
+
+    @classmethod
+    def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
+        path = str(TINY_VAE) if vae_name == TINY_NAME else _host.model_path(vae_name, VAE_FOLDERS)
+        return io.NodeOutput(load_native_vae(path, _host.DTYPES[dtype]))
