@@ -42,5 +42,9 @@ def _refuse_another(other: Path) -> None:
 
 
 def _version(init: Path) -> str:
-    match = re.search(r'^__version__ = "([^"]+)"', init.read_text(encoding="utf-8"), re.MULTILINE) if init.exists() else None
+    match = (
+        re.search(r'^__version__ = "([^"]+)"', init.read_text(encoding="utf-8"), re.MULTILINE)
+        if init.exists()
+        else None
+    )
     return match[1] if match else "of an unknown version"

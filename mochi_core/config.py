@@ -4,8 +4,9 @@ A checkpoint may carry its own numbers in its metadata (`from_metadata`); a file
 model, `MOCHI_1`. `TINY` is the small checkpoint that ships in `assets/tiny`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Mapping
+from typing import Any
 
 from .errors import ConfigError
 
@@ -121,7 +122,6 @@ class StagesConfig:
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
 
-_MOCHI_1_BLOCKS = dict(channel_multipliers=(1, 2, 4, 6), num_res_blocks=(3, 3, 4, 6, 3))
 _NO_ATTENTION = (False,) * 5
 
 
@@ -133,12 +133,10 @@ class VAEConfig:
     temporal_factors: tuple[int, ...] = (1, 2, 3)
     spatial_factors: tuple[int, ...] = (2, 2, 2)
     decoder: StagesConfig = field(
-        default_factory=lambda: StagesConfig(base_channels=128, has_attention=_NO_ATTENTION, **_MOCHI_1_BLOCKS)
+        default_factory=lambda: StagesConfig(128, (1, 2, 4, 6), (3, 3, 4, 6, 3), _NO_ATTENTION)
     )
     encoder: StagesConfig = field(
-        default_factory=lambda: StagesConfig(
-            base_channels=64, has_attention=(False, True, True, True, True), **_MOCHI_1_BLOCKS
-        )
+        default_factory=lambda: StagesConfig(64, (1, 2, 4, 6), (3, 3, 4, 6, 3), (False, True, True, True, True))
     )
 
     @classmethod

@@ -8,8 +8,8 @@ Shapes: `B C T H W` = batch, channels, latent frames, latent rows, latent column
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import torch
 
@@ -51,10 +51,10 @@ class LatentStatistics:
                 f"they must be B x {len(self.mean)} x T x H x W",
                 "Use latents of this model: its size node or its encoder makes them",
             )
-        columns = (
+        mean, std = (
             torch.tensor(v, dtype=latents.dtype, device=latents.device).view(-1, 1, 1, 1) for v in (self.mean, self.std)
         )
-        return tuple(columns)  # pyright: ignore[reportReturnType]
+        return mean, std
 
     def to_model_space(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE space -> model space."""

@@ -1,11 +1,11 @@
 """Text to latents to frames, with the parts in hand.
 
-    pipeline = MochiPipeline.tiny()
-    frames = pipeline(TextToVideo("a red circle moving right on a black background"))
+pipeline = MochiPipeline.tiny()
+frames = pipeline(TextToVideo("a red circle moving right on a black background"))
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 import torch
 

@@ -3,7 +3,8 @@
 import dataclasses
 import inspect
 import logging
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -110,6 +111,11 @@ def progress_bar(total: int) -> Callable[[], None]:
         bar.update(1)
 
     return advance
+
+
+def progress_bars_enabled() -> bool:
+    """Whether the host shows progress in its console."""
+    return comfy.utils.PROGRESS_BAR_ENABLED
 
 
 def sampler_callback(model: Any, steps: int) -> Callable[..., None]:

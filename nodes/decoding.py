@@ -40,16 +40,20 @@ class MochiVideoDecode(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="streaming: exact, memory does not grow with length. full: exact, all at once. tiled spatial: "
-                    "blended tiles as in the reference, for matching older videos.",
+                    tooltip="streaming: exact, memory does not grow with length. full: exact, all at once. "
+                    "tiled spatial: blended tiles as in the reference, for matching older videos.",
                 ),
                 io.Float.Input(
                     "fps", default=float(RELEASED_FPS), min=1.0, max=240.0, step=1.0, tooltip="Mochi makes 30 a second."
                 ),
                 _host.advanced(io.Int.Input("tile_rows", default=2, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")),
-                _host.advanced(io.Int.Input("tile_columns", default=4, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")),
                 _host.advanced(
-                    io.Int.Input("tile_overlap", default=0, min=0, max=64, step=2, tooltip="Tiled: latent pixels, even.")
+                    io.Int.Input("tile_columns", default=4, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")
+                ),
+                _host.advanced(
+                    io.Int.Input(
+                        "tile_overlap", default=0, min=0, max=64, step=2, tooltip="Tiled: latent pixels, even."
+                    )
                 ),
             ],
             outputs=[
@@ -86,7 +90,7 @@ class MochiVideoEncode(io.ComfyNode):
             node_id="MochiVideoEncode",
             display_name="Mochi Video Encode",
             category=CATEGORY,
-            description="Turns frames into latents. Frames are cropped to the grid: multiples of 16 pixels, 6k+1 frames.",
+            description="Turns frames into latents. They are cropped to the grid: multiples of 16 pixels, 6k+1 frames.",
             inputs=[
                 io.Vae.Input("vae", tooltip="From Mochi Video VAE Loader, with an encoder."),
                 io.Image.Input("image", optional=True, tooltip="Frames to encode: these or a video."),
@@ -114,13 +118,14 @@ class MochiVideoEncode(io.ComfyNode):
         sample_posterior: bool = False,
         seed: int = 0,
     ) -> io.NodeOutput:
-        if (image is None) == (video is None):
+        frames = image if video is None else video.get_components().images
+        if frames is None or (image is not None and video is not None):
             raise ShapeError(
                 "Neither image nor video is connected" if image is None else "Both image and video are connected",
                 "there must be one of them",
                 "Connect one",
             )
-        frames = cropped(image if video is None else video.get_components().images)
+        frames = cropped(frames)
         require_finite(frames, "The frames to encode")
         return io.NodeOutput({"samples": _ours(vae).encode_frames(frames, seed if sample_posterior else None)})
 

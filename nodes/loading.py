@@ -32,7 +32,7 @@ class MochiVideoT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "t5_name",
                     options=_host.model_names(T5_FOLDERS),
-                    tooltip=f"A T5 v1.1 XXL encoder from models/text_encoders, or {TINY_NAME}, which comes with this pack.",
+                    tooltip=f"A T5 v1.1 XXL encoder from models/text_encoders. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
             ],
@@ -58,7 +58,7 @@ class MochiVideoDiTLoader(io.ComfyNode):
                 io.Combo.Input(
                     "dit_name",
                     options=_host.model_names(DIT_FOLDERS),
-                    tooltip=f"A Mochi DiT from models/diffusion_models, or {TINY_NAME}, which comes with this pack.",
+                    tooltip=f"A Mochi DiT from models/diffusion_models. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
                 _host.advanced(
@@ -74,8 +74,8 @@ class MochiVideoDiTLoader(io.ComfyNode):
                         "memory",
                         options=list(MEMORY),
                         default="auto",
-                        tooltip="auto: the host decides. resident: the whole model in VRAM. streamed: as little VRAM as "
-                        "possible, slower.",
+                        tooltip="auto: the host decides. resident: the whole model in VRAM. "
+                        "streamed: as little VRAM as possible, slower.",
                     )
                 ),
             ],
@@ -100,8 +100,7 @@ class MochiVideoVAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "vae_name",
                     options=_host.model_names(VAE_FOLDERS),
-                    tooltip="A Mochi VAE from models/vae: decoder, encoder or both. "
-                    f"{TINY_NAME} comes with this pack.",
+                    tooltip=f"A Mochi VAE from models/vae: decoder, encoder or both. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("The precision to compute in. auto: what the host prefers on this device."),
             ],

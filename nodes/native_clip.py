@@ -4,16 +4,16 @@ The host's tokenizer keeps its conventions ((word:1.2), embedding:name); ours ad
 token at all for the empty prompt.
 """
 
-import os
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
 import comfy.sd1_clip
 import comfy.text_encoders.genmo
 import comfy.text_encoders.t5
+import folder_paths
 import torch
 
-import folder_paths
 from mochi_core.config import TextConfig
 from mochi_core.errors import ConditioningError, ConfigError
 from mochi_core.text.conditioning import warn_of_cut
@@ -26,7 +26,7 @@ from . import _host
 
 CLIP_NAME = "t5xxl"
 NULL_PROMPT = [(PAD_ID, 1.0)] * MAX_TOKENS
-HOST_TOKENIZER = os.path.join(os.path.dirname(comfy.text_encoders.genmo.__file__), "t5_tokenizer")
+HOST_TOKENIZER = Path(comfy.text_encoders.genmo.__file__).parent / "t5_tokenizer"
 
 
 class _HuggingFaceFace:
@@ -139,7 +139,7 @@ class _Target:
         self.params: dict[str, Any] = {}
 
 
-def load_clip(path: str, tokenizer_path: str | os.PathLike[str], dtype: torch.dtype | None) -> comfy.sd.CLIP:
+def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
     """The host's CLIP object around the T5 of a file. Raises `MochiError` kinds on a bad file."""
     checkpoint = Checkpoint(path)
     prefix = layouts.find(checkpoint, layouts.T5)

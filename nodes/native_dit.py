@@ -33,7 +33,7 @@ class NativeDiT(AsymmDiT):
         super().__init__(config, operations=operations, dtype=dtype, device="meta")
         self.dtype = dtype
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: torch.Tensor,
         timestep: torch.Tensor,

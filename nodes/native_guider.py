@@ -7,7 +7,7 @@ import torch
 
 from mochi_core.errors import ConditioningError
 from mochi_core.latents import require_finite
-from mochi_core.sampling.guidance import checked, constant, parse_schedule
+from mochi_core.sampling.guidance import constant, parse_schedule
 from mochi_core.sampling.samplers import draw_noise
 from mochi_core.sampling.schedule import SigmaSchedule, from_levels
 from mochi_core.shapes import LatentSize
@@ -39,7 +39,9 @@ class MochiGuider(comfy.samplers.CFGGuider):
             return parse_schedule(self.cfg_schedule, steps)
         return constant(self.cfg, steps)
 
-    def sample(self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *rest, **named):
+    def sample(
+        self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *rest, **named
+    ):
         """The host's run, refused before anything loads when schedules or latents are wrong."""
         schedule = from_levels(sigmas.tolist())
         self.scales = self.scales_for(schedule.steps)
@@ -48,7 +50,9 @@ class MochiGuider(comfy.samplers.CFGGuider):
         require_finite(samples, "The sampled latents")
         return samples
 
-    def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] = {}, seed: Any = None):
+    def predict_noise(
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] = {}, seed: Any = None
+    ):
         sigmas = model_options["transformer_options"]["sample_sigmas"]
         # Samplers of higher order also ask between two levels: that is still the earlier one's step.
         step = int((sigmas > timestep.max() * (1 + 1e-6)).sum())
@@ -62,9 +66,7 @@ def _one_by_one(arguments: dict[str, Any]) -> list[torch.Tensor]:
     """Each prompt in a forward of its own."""
     model, x, sigma, options = (arguments[name] for name in ("model", "input", "sigma", "model_options"))
     return [
-        comfy.samplers.calc_cond_batch(model, [cond], x, sigma, options)[0]
-        if cond is not None
-        else torch.zeros_like(x)
+        comfy.samplers.calc_cond_batch(model, [cond], x, sigma, options)[0] if cond is not None else torch.zeros_like(x)
         for cond in arguments["conds"]
     ]
 
@@ -81,7 +83,7 @@ def run(guider: MochiGuider, latent: dict[str, Any], schedule: SigmaSchedule, se
         torch.tensor(schedule.levels, dtype=torch.float32),
         denoise_mask=latent.get("noise_mask"),
         callback=_host.sampler_callback(model, schedule.steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        disable_pbar=not _host.progress_bars_enabled(),
         seed=seed,
     )
     return {**latent, "samples": out.to(_host.intermediate_device())}

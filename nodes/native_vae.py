@@ -3,8 +3,9 @@
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -115,7 +116,9 @@ class MochiVAE(comfy.sd.VAE):
 
         def decode(shape: Any, dtype: torch.dtype) -> float:
             latents = 1 if mode == "streaming" else shape[2]
-            per_pixel = STREAMING_VALUES_PER_PIXEL if mode == "streaming" else FULL_VALUES_PER_PIXEL_AND_LATENT * latents
+            per_pixel = (
+                STREAMING_VALUES_PER_PIXEL if mode == "streaming" else FULL_VALUES_PER_PIXEL_AND_LATENT * latents
+            )
             return shape[0] * shape[3] * shape[4] * PIXELS_PER_LATENT**2 * per_pixel * size
 
         def encode(shape: Any, dtype: torch.dtype) -> float:
@@ -136,7 +139,7 @@ def _silenced() -> Iterator[None]:
 
 def load_native_vae(path: str, dtype: torch.dtype | None) -> MochiVAE:
     """The host's VAE object from a file with a decoder, an encoder or both."""
-    if dtype is None:
-        dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), [torch.bfloat16, torch.float32])
-    vae = load_vae(path, dtype=dtype, operations=comfy.ops.disable_weight_init)
-    return MochiVAE(FirstStage(vae.decoder, vae.encoder, dtype, path))
+    preferred = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), [torch.bfloat16, torch.float32])
+    compute: torch.dtype = dtype or preferred
+    vae = load_vae(path, dtype=compute, operations=comfy.ops.disable_weight_init)
+    return MochiVAE(FirstStage(vae.decoder, vae.encoder, compute, path))

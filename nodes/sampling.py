@@ -131,4 +131,4 @@ class MochiVideoSampler(io.ComfyNode):
         if cfg_schedule.strip():
             _host.log.info("cfg_schedule replaces cfg: %s instead of %s", cfg_schedule, cfg)
         guider = MochiGuider(model, positive, negative, cfg, cfg_schedule, batch_cfg=True)
-        return io.NodeOutput(run(guider, latent, schedule, seed, noise_device))
+        return io.NodeOutput(run(guider, dict(latent), schedule, seed, noise_device))

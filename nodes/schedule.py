@@ -44,7 +44,9 @@ class MochiVideoSigmas(io.ComfyNode):
                     default="Mochi 1 (released)",
                     tooltip="As released, as FastMochi was distilled, or custom for the two values below.",
                 ),
-                io.Int.Input("steps", default=RELEASED_STEPS, min=2, max=1000, tooltip="How many steps the sampler takes."),
+                io.Int.Input(
+                    "steps", default=RELEASED_STEPS, min=2, max=1000, tooltip="How many steps the sampler takes."
+                ),
                 _host.advanced(
                     io.Float.Input(
                         "threshold_noise",
@@ -58,7 +60,11 @@ class MochiVideoSigmas(io.ComfyNode):
                 ),
                 _host.advanced(
                     io.Int.Input(
-                        "linear_steps", default=0, min=0, max=999, tooltip="Custom: how many steps creep. 0: half of them."
+                        "linear_steps",
+                        default=0,
+                        min=0,
+                        max=999,
+                        tooltip="Custom: how many steps creep. 0: half of them.",
                     )
                 ),
                 _host.advanced(

@@ -15,8 +15,10 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import websocket
 
@@ -167,9 +169,10 @@ class Host:
                     break
         return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
 
-    def events(self) -> websocket.WebSocket:
-        """The host's message socket, connected."""
-        return _Closing(websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=600))
+    def events(self) -> closing[websocket.WebSocket]:
+        """The host's message socket, connected; it closes with its block."""
+        url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}"
+        return closing(websocket.create_connection(url, timeout=600))
 
     def saved(self, outputs: dict[str, Any]) -> list[Path]:
         """The files that the output nodes wrote."""
@@ -182,19 +185,6 @@ class Host:
             if isinstance(entry, dict) and entry.get("type") == "output"
         ]
         return [self.output / entry["subfolder"] / entry["filename"] for entry in entries]
-
-
-class _Closing:
-    """A socket that closes with its block."""
-
-    def __init__(self, socket: websocket.WebSocket):
-        self.socket = socket
-
-    def __enter__(self) -> websocket.WebSocket:
-        return self.socket
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
 
 
 def _messages(socket: websocket.WebSocket) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-import comfyui  # noqa: E402
+import comfyui
 
 WORKFLOW = comfyui.REPO / "workflows" / "api" / "text_to_video_tiny.json"
 OUTPUT = comfyui.REPO / "output"

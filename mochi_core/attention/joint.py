@@ -29,9 +29,7 @@ class JointAttention(Protocol):
     meaningless: nothing attends to them.
     """
 
-    def __call__(
-        self, visual: QKV, text: QKV, text_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(self, visual: QKV, text: QKV, text_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ class PlainJointAttention:
 
     kernel: str = "auto"
 
-    def __call__(
-        self, visual: QKV, text: QKV, text_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, visual: QKV, text: QKV, text_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         visual_tokens = visual.q.shape[1]
         # Joined as B A N D: CPU kernels are faster on heads that lie together, and the copy is made anyway.
         q, k, v = (torch.cat([x.transpose(1, 2) for x in pair], dim=2) for pair in zip(visual, text))

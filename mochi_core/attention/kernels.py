@@ -81,6 +81,9 @@ def self_check(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype
     mask = torch.arange(40, device=device) < torch.tensor([[40], [33]], device=device)
     wide = torch.promote_types(dtype, torch.float32)
     return max(
-        (kernel(q, k, v, key_mask).to(wide) - reference(q.to(wide), k.to(wide), v.to(wide), key_mask)).abs().max().item()
+        (kernel(q, k, v, key_mask).to(wide) - reference(q.to(wide), k.to(wide), v.to(wide), key_mask))
+        .abs()
+        .max()
+        .item()
         for key_mask in (None, mask)
     )

@@ -3,9 +3,7 @@
 import torch
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """`softmax(q k^T / sqrt(D)) v`, the softmax in float32 or wider. See `kernels.AttentionKernel`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.mT).to(wide) * q.shape[-1] ** -0.5

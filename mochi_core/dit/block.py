@@ -20,7 +20,6 @@ class AsymmetricJointBlock(nn.Module):
 
     def __init__(self, config: DiTConfig, update_text: bool, operations: ModuleType | Any, **factory: Any):
         super().__init__()
-        self.update_text = update_text
         visual, text = config.visual_dim, config.text_dim
         self.mod_x = operations.Linear(visual, 4 * visual, **factory)
         self.mod_y = operations.Linear(visual, (4 if update_text else 1) * text, **factory)
@@ -39,14 +38,13 @@ class AsymmetricJointBlock(nn.Module):
         """`visual`: `B N visual_dim`, `text`: `B L text_dim`, `conditioning`: `B visual_dim`; the streams again."""
         conditioning = F.silu(conditioning)
         attn_scale, attn_gate, mlp_scale, mlp_gate = self.mod_x(conditioning).chunk(4, dim=-1)
-        text_modulation = self.mod_y(conditioning)
-        text_modulation = text_modulation.chunk(4, dim=-1) if self.update_text else (text_modulation,)
+        text_attn_scale, *text_rest = self.mod_y(conditioning).split(text.shape[-1], dim=-1)
 
-        visual_branch, text_branch = self.attn(visual, text, attn_scale, text_modulation[0], rotation, text_mask)
+        visual_branch, text_branch = self.attn(visual, text, attn_scale, text_attn_scale, rotation, text_mask)
         visual = gated_residual(visual, visual_branch, attn_gate)
         visual = gated_residual(visual, self.mlp_x(modulated_rms_norm(visual, mlp_scale)), mlp_gate)
         if self.mlp_y is not None:
-            _, text_attn_gate, text_mlp_scale, text_mlp_gate = text_modulation
+            text_attn_gate, text_mlp_scale, text_mlp_gate = text_rest
             text = gated_residual(text, text_branch, text_attn_gate)
             text = gated_residual(text, self.mlp_y(modulated_rms_norm(text, text_mlp_scale)), text_mlp_gate)
         return visual, text

@@ -5,8 +5,9 @@ The reference keeps norms, gates and rotations in float32 whatever the weights a
 Shapes: `B` batch, `N` tokens, `C` channels.
 """
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn

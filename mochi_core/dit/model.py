@@ -5,8 +5,9 @@ Parameter names are those of the released checkpoint.
 Shapes: `B` batch, `C` channels, `T H W` latent frames, rows, columns, `N` visual tokens, `L` text tokens.
 """
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -91,9 +92,7 @@ class AsymmDiT(nn.Module):
     def unpatchify(self, patches: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
         """`B N patch_values` -> `B C T H W`."""
         p = self.config.patch_size
-        return rearrange(
-            patches, "B (T H W) (p q C) -> B C T (H p) (W q)", T=frames, H=rows, W=columns, p=p, q=p
-        )
+        return rearrange(patches, "B (T H W) (p q C) -> B C T (H p) (W q)", T=frames, H=rows, W=columns, p=p, q=p)
 
     def check(self, latents: torch.Tensor, text_features: torch.Tensor, text_mask: torch.Tensor) -> None:
         """Raises `LatentsError` or `ConditioningError` when the inputs do not fit this model."""

@@ -5,8 +5,9 @@ Shapes: `B C T H W` = batch, channels, latent frames, rows, columns.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +20,9 @@ RELEASED_SCALE = 6.0
 class Conditioning(Protocol):
     """What a prediction is told; the sampler only repeats and joins it."""
 
-    def repeated(self, batch: int) -> Self: ...
+    def repeated(self, batch: int) -> Any: ...
 
-    def joined(self, other: Self) -> Self: ...
+    def joined(self, other: Any) -> Any: ...
 
 
 class Predict(Protocol):

@@ -1,8 +1,8 @@
 """Noise levels: 1.0 is pure noise, 0.0 is clean."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from ..errors import ScheduleError
 
@@ -70,7 +70,7 @@ def linear_quadratic(
     curvature = (1 - threshold - slope * quadratic_steps) / quadratic_steps**2
     cleared = [slope * step for step in range(linear_steps)]
     cleared += [threshold + slope * step + curvature * step**2 for step in range(quadratic_steps)]
-    return SigmaSchedule(tuple(1.0 - c for c in cleared) + (0.0,))
+    return SigmaSchedule((*(1.0 - c for c in cleared), 0.0))
 
 
 def last_part(schedule: SigmaSchedule, steps: int) -> SigmaSchedule:

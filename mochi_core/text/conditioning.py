@@ -6,8 +6,8 @@ Shapes: `B` prompts, `L` = 256 tokens, `C` feature width.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import nn
@@ -37,7 +37,9 @@ class TextConditioning:
         """One prompt for each of `batch` latents; a single prompt serves them all."""
         if len(self.mask) not in (1, batch):
             raise ConditioningError(
-                f"There are {len(self.mask)} prompts for {batch} latents", "there must be one, or one for each", "Match them"
+                f"There are {len(self.mask)} prompts for {batch} latents",
+                "there must be one, or one for each",
+                "Match them",
             )
         return TextConditioning(self.features.expand(batch, -1, -1), self.mask.expand(batch, -1))
 

@@ -74,9 +74,7 @@ class UpsampleBlock(nn.Module):
 
 def depth_to_space_time(x: torch.Tensor, time: int, space: int) -> torch.Tensor:
     """`B (C time space space) T H W` -> `B C T*time H*space W*space`, channels-last in memory."""
-    unfolded = rearrange(
-        x, "B (C t p q) T H W -> B (T t) (H p) (W q) C", t=time, p=space, q=space
-    )
+    unfolded = rearrange(x, "B (C t p q) T H W -> B (T t) (H p) (W q) C", t=time, p=space, q=space)
     return unfolded.movedim(-1, 1)
 
 

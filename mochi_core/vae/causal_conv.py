@@ -28,7 +28,7 @@ class WholeClip:
     is_first = True
 
     def extend(self, layer: nn.Module, x: torch.Tensor, frames: int) -> torch.Tensor:
-        return torch.cat([x[:, :, :1]] * frames + [x], dim=2)
+        return torch.cat([*[x[:, :, :1]] * frames, x], dim=2)
 
 
 class KeptContext:
@@ -43,10 +43,8 @@ class KeptContext:
         self._kept: dict[nn.Module, torch.Tensor] = {}
 
     def extend(self, layer: nn.Module, x: torch.Tensor, frames: int) -> torch.Tensor:
-        if self.is_first:
-            extended = WholeClip().extend(layer, x, frames)
-        else:
-            extended = torch.cat([self._kept[layer], x], dim=2)
+        earlier = [x[:, :, :1]] * frames if self.is_first else [self._kept[layer]]
+        extended = torch.cat([*earlier, x], dim=2)
         self._kept[layer] = extended[:, :, extended.shape[2] - frames :].clone()
         return extended
 

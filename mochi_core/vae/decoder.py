@@ -3,8 +3,9 @@
 Shapes: `B C T H W` = batch, channels, frames, rows, columns; `t h w` the same in latent space.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,7 +19,7 @@ from .causal_conv import KeptContext, TemporalContext, WholeClip
 
 
 class Decoder(nn.Module):
-    """Mochi 1's causal decoder (genmo/mochi-1-preview): 6 frames a latent frame after the first, 8 pixels a latent pixel.
+    """Mochi 1's causal decoder (genmo/mochi-1-preview): each latent frame after the first makes 6 frames.
 
     `operations` is the namespace that layers with weights come from.
     """
@@ -35,13 +36,18 @@ class Decoder(nn.Module):
         factory: dict[str, Any] = dict(dtype=dtype, device=device)
         self.config = config
         half = config.decoder
-        channels, counts, attends = (tuple(reversed(x)) for x in (half.channels, half.num_res_blocks, half.has_attention))
+        # The config goes from the widest picture to the smallest; the decoder builds the other way.
+        channels, counts, attends = half.channels[::-1], half.num_res_blocks[::-1], half.has_attention[::-1]
 
-        def res_blocks(stage: int, width: int) -> list[nn.Module]:
+        def res_blocks(stage: int, width: int) -> list[ResBlock]:
             return [ResBlock(width, attends[stage], operations, **factory) for _ in range(counts[stage])]
 
         self.blocks = nn.ModuleList(
-            [nn.ModuleList([operations.Conv3d(config.latent_channels, channels[0], 1, **factory), *res_blocks(0, channels[0])])]
+            [
+                nn.ModuleList(
+                    [operations.Conv3d(config.latent_channels, channels[0], 1, **factory), *res_blocks(0, channels[0])]
+                )
+            ]
         )
         factors = zip(reversed(config.temporal_factors), reversed(config.spatial_factors))
         for stage, (time, space) in enumerate(factors, start=1):
@@ -73,11 +79,16 @@ class Decoder(nn.Module):
                 "Use latents of this model: its sampler or its encoder makes them",
             )
         context = context or WholeClip()
-        (embed, *first), *upsample, last = self.blocks
+        embed, first, upsample, last = self._stages()
         x = embed(latents.contiguous(memory_format=torch.channels_last_3d))
         for block in (*first, *upsample, *last):
             x = block(x, context)
         return pointwise(self.output_proj, silu_(x))
+
+    def _stages(self) -> tuple[nn.Module, list[nn.Module], list[nn.Module], list[nn.Module]]:
+        first, *upsample, last = self.blocks
+        embed, *res_blocks = first.children()
+        return embed, res_blocks, upsample, list(last.children())
 
     def stream(self, latents: torch.Tensor, latents_at_once: int = 1) -> Iterator[torch.Tensor]:
         """Decodes `latents_at_once` latent frames at a time and yields what `forward` would give, piece by piece.

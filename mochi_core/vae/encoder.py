@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         half = config.encoder
         channels, counts, attends = half.channels, half.num_res_blocks, half.has_attention
 
-        def res_blocks(stage: int, width: int) -> list[nn.Module]:
+        def res_blocks(stage: int, width: int) -> list[ResBlock]:
             return [ResBlock(width, attends[stage], operations, **factory) for _ in range(counts[stage])]
 
         self.layers = nn.ModuleList([operations.Linear(half.in_channels, channels[0], **factory)])

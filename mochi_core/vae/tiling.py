@@ -6,7 +6,7 @@ Tiles see no pixels beyond their edge and each norm sees its tile only, so this 
 Shapes: `B C T H W` = batch, channels, frames, rows, columns; `t h w` the same in latent space.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -31,7 +31,9 @@ def decode_tiled(
                 "Use fewer tiles or a smaller overlap",
             )
     if overlap < 0 or overlap % 2:
-        raise ShapeError(f"overlap is {overlap}", "it must be an even number, zero or more", f"Use {abs(overlap) // 2 * 2}")
+        raise ShapeError(
+            f"overlap is {overlap}", "it must be an even number, zero or more", f"Use {abs(overlap) // 2 * 2}"
+        )
     return _halve(decode, latents, rows, columns, overlap)
 
 

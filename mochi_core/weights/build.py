@@ -67,9 +67,7 @@ def load_dit(
     return network.eval(), LatentStatistics.from_metadata(checkpoint.metadata)
 
 
-def load_vae(
-    path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn
-) -> VAE:
+def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn) -> VAE:
     """The VAE halves that a file holds, on the CPU, in the file's dtype unless `dtype` says otherwise.
 
     Raises `WeightsError` or `ConfigError` when the file is broken or of another model.

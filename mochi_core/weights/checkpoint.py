@@ -1,8 +1,9 @@
 """Reading safetensors files without copying them: tensors are views of the mapped file until someone changes them."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -3,8 +3,8 @@
 A part is recognised by names that no other part has, never by the name of the file.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
 
 from ..errors import WeightsError
 from .checkpoint import NAMES_SHOWN, Checkpoint
