@@ -12,7 +12,7 @@ import gc
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from benchmarks.floor import Floor  # noqa: E402
 from mochi_core.config import DiTConfig  # noqa: E402
 from mochi_core.dit import AsymmDiT  # noqa: E402
 
-CONTENDERS = ("ours", "diffusers", "native")
 SIGNS = {"native": -1}
 
 
@@ -79,12 +78,12 @@ def floor_of(model: nn.Module, run: harness.Run) -> Floor:
 
 
 @torch.inference_mode()
-def measure(case: Case, rounds: int) -> dict[str, Any]:
+def measure(case: Case, peer_names: Sequence[str], rounds: int) -> dict[str, Any]:
     """Differences, times and memory of all contenders that are here."""
     model, inputs = case.model(), case.inputs()
     runs: dict[str, harness.Run] = {}
     skipped: dict[str, str] = {}
-    for name in CONTENDERS:
+    for name in ("ours", *peer_names):
         try:
             runs[name] = contender(name, model, inputs)
         except peers.PeerUnavailable as reason:
@@ -110,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text-tokens", type=int, default=64, help="valid ones of --text-slots")
     parser.add_argument("--text-slots", type=int, default=256)
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=list(harness.DTYPES))
+    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=peers.NAMES)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "dit_forward.json")
@@ -130,7 +130,7 @@ def main() -> None:
     for name in options.dtype:
         dtype = harness.DTYPES[name]
         case = Case(config, options.latents, options.text_tokens, options.text_slots, dtype, options.threads)
-        results[name] = result = measure(case, options.rounds)
+        results[name] = result = measure(case, options.peers, options.rounds)
         harness.print_table(f"DiT forward, {name}", result["contenders"])
         harness.print_differences(result["differences"])
         harness.print_skipped(result["skipped"])
@@ -150,6 +150,7 @@ def main() -> None:
             "results": results,
         },
     )
+    print(f"\nwrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -214,4 +214,3 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result where `path` says, folders included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwrote {path}")

@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.harness import ROOT
 from mochi_core.config import DiTConfig, VAEConfig
 
+NAMES = ("diffusers", "native")
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".cache" / "comfyui" / "0.3.75"))
 
 State = Mapping[str, torch.Tensor]

@@ -13,7 +13,7 @@ import gc
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 
@@ -23,8 +23,6 @@ from benchmarks import harness, peers  # noqa: E402
 from benchmarks.floor import Floor  # noqa: E402
 from mochi_core.config import StagesConfig, VAEConfig  # noqa: E402
 from mochi_core.vae import Decoder  # noqa: E402
-
-CONTENDERS = ("ours", "ours stream", "native", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,12 @@ def differences(runs: dict[str, harness.Run]) -> dict[str, dict[str, float]]:
 
 
 @torch.inference_mode()
-def measure(case: Case, rounds: int) -> dict[str, Any]:
+def measure(case: Case, peer_names: Sequence[str], rounds: int) -> dict[str, Any]:
     """Differences, times and memory of all contenders that are here."""
     model, latents = case.model(), case.inputs()
     runs: dict[str, harness.Run] = {}
     skipped: dict[str, str] = {}
-    for name in CONTENDERS:
+    for name in ("ours", "ours stream", *peer_names):
         try:
             runs[name] = contender(name, model, latents)
         except peers.PeerUnavailable as reason:
@@ -108,6 +106,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="latent rows and columns")
     parser.add_argument("--latent-frames", type=int, nargs="+", default=(3, 7, 13))
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=list(harness.DTYPES))
+    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=peers.NAMES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "vae_decode.json")
@@ -124,11 +123,12 @@ def main() -> None:
         results[name] = {}
         for frames in options.latent_frames:
             case = Case(config, (frames, options.rows, options.rows), harness.DTYPES[name], options.threads)
-            results[name][str(frames)] = result = measure(case, options.rounds)
+            results[name][str(frames)] = result = measure(case, options.peers, options.rounds)
             harness.print_table(f"Decoder, {frames} latent frames, {name}", result["contenders"])
             harness.print_differences(result["differences"])
             harness.print_skipped(result["skipped"])
-    print("\ndiffusers computes another function in the early frames: see --help")
+    if "diffusers" in options.peers:
+        print("\ndiffusers computes another function in the early frames: see --help")
     harness.write_json(
         options.output,
         {
@@ -144,6 +144,7 @@ def main() -> None:
             "results": results,
         },
     )
+    print(f"\nwrote {options.output}")
 
 
 if __name__ == "__main__":

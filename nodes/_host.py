@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -19,6 +19,9 @@ from mochi_core.errors import MochiError, WeightsError
 from mochi_core.weights.build import TINY_NAME
 
 log = logging.getLogger("mochi_video")
+
+# How many options an error lists.
+OPTIONS_SHOWN = 12
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,6 +48,30 @@ def known_arguments(function: Callable[..., Any], **arguments: Any) -> dict[str,
     """Those of `arguments` that this host's `function` takes."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def valid_choices(**choices: tuple[str | None, Iterable[str]]) -> bool | str:
+    """A node's answer to `validate_inputs`: true, or what is wrong with a value that is not among its options.
+
+    The host itself does not look. `choices` are `name=(value, options)`; a linked value is None and passes.
+    """
+    for name, (value, options) in choices.items():
+        options = list(options)
+        if value is not None and value not in options:
+            shown = ", ".join(options[:OPTIONS_SHOWN]) + (", ..." if len(options) > OPTIONS_SHOWN else "")
+            return f"{name} is {value!r}: it must be one of {shown}. Choose one of them."
+    return True
+
+
+def valid_file(name: str, value: str | None, folders: Sequence[str]) -> bool | str:
+    """The same for a model file: says where files are looked for."""
+    if value is None or value in model_names(folders):
+        return True
+    places = ", ".join(f"models/{folder}" for folder in folders)
+    return (
+        f"{name} is {value!r}: there is no such file in {places}. "
+        f"Put it there and reload the page, or choose {TINY_NAME}, which comes with this pack."
+    )
 
 
 # Model files

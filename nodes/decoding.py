@@ -63,6 +63,10 @@ class MochiVideoDecode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, mode: str) -> bool | str:
+        return _host.valid_choices(mode=(mode, MODES))
+
+    @classmethod
     def execute(
         cls,
         vae: io.Vae.Type,

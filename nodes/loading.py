@@ -40,6 +40,11 @@ class MochiVideoT5Loader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, t5_name: str, dtype: str) -> bool | str:
+        file = _host.valid_file("t5_name", t5_name, T5_FOLDERS)
+        return file if file is not True else _host.valid_choices(dtype=(dtype, _host.DTYPES))
+
+    @classmethod
     def execute(cls, t5_name: str, dtype: str) -> io.NodeOutput:
         if t5_name == TINY_NAME:
             return io.NodeOutput(load_clip(str(TINY_T5), TINY_TOKENIZER, _host.DTYPES[dtype]))
@@ -83,6 +88,15 @@ class MochiVideoDiTLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, dit_name: str, dtype: str, attention: str, memory: str) -> bool | str:
+        file = _host.valid_file("dit_name", dit_name, DIT_FOLDERS)
+        if file is not True:
+            return file
+        return _host.valid_choices(
+            dtype=(dtype, _host.DTYPES), attention=(attention, ATTENTION), memory=(memory, MEMORY)
+        )
+
+    @classmethod
     def execute(cls, dit_name: str, dtype: str, attention: str, memory: str) -> io.NodeOutput:
         path = str(TINY_DIT) if dit_name == TINY_NAME else _host.model_path(dit_name, DIT_FOLDERS)
         return io.NodeOutput(load_model(path, _host.DTYPES[dtype], attention, memory))
@@ -106,6 +120,11 @@ class MochiVideoVAELoader(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(tooltip="For Mochi Video Decode or Encode, or the host's own VAE nodes.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str, dtype: str) -> bool | str:
+        file = _host.valid_file("vae_name", vae_name, VAE_FOLDERS)
+        return file if file is not True else _host.valid_choices(dtype=(dtype, _host.DTYPES))
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:

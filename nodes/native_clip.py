@@ -4,6 +4,7 @@ The host's tokenizer keeps its conventions ((word:1.2), embedding:name); ours ad
 token at all for the empty prompt.
 """
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def text_model_class(config: TextConfig) -> type:
                 model_options=model_options,
             )
 
+        def process_tokens(self, tokens: list[list[Any]], device: torch.device) -> tuple[Any, ...]:
+            """The host's, but an end token inside the text ends nothing: only the padding at the end is masked."""
+            embeds, mask, _, *rest = super().process_tokens(tokens, device)
+            padding = [sum(1 for _ in takewhile(_is_padding, reversed(row))) for row in tokens]
+            places = torch.arange(mask.shape[1], device=mask.device)
+            mask = torch.stack([places < mask.shape[1] - count for count in padding]).to(mask.dtype)
+            return embeds, mask, mask.sum(1).tolist(), *rest
+
     class MochiTextModel(comfy.sd1_clip.SD1ClipModel):
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] = {}):
             super().__init__(
@@ -128,6 +137,10 @@ def text_model_class(config: TextConfig) -> type:
             return super().encode_token_weights(token_weight_pairs)
 
     return MochiTextModel
+
+
+def _is_padding(token: Any) -> bool:
+    return isinstance(token, int) and token == PAD_ID
 
 
 class _Target:

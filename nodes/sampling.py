@@ -112,6 +112,10 @@ class MochiVideoSampler(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, noise_device: str) -> bool | str:
+        return _host.valid_choices(noise_device=(noise_device, NOISE_DEVICES))
+
+    @classmethod
     def execute(
         cls,
         model: io.Model.Type,

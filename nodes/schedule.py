@@ -85,9 +85,9 @@ class MochiVideoSigmas(io.ComfyNode):
     def validate_inputs(
         cls, preset: str, steps: int, threshold_noise: float, linear_steps: int, denoise: float
     ) -> bool | str:
-        if preset not in PRESETS:
-            return f"preset is {preset!r}: it must be one of {', '.join(PRESETS)}. Choose one of them."
-        if None in (steps, threshold_noise, linear_steps, denoise):  # a linked value is known only when it runs
+        if preset is not None and preset not in PRESETS:
+            return _host.valid_choices(preset=(preset, PRESETS))
+        if None in (preset, steps, threshold_noise, linear_steps, denoise):  # a linked value is known only when it runs
             return True
         try:
             chosen_schedule(preset, steps, threshold_noise, linear_steps, denoise)

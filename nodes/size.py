@@ -77,9 +77,9 @@ class MochiVideoSize(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, preset: str, width: int, height: int, frames: int, seconds: float) -> bool | str:
-        if preset not in PRESETS:
-            return f"preset is {preset!r}: it must be one of {', '.join(PRESETS)}. Choose one of them."
-        if None in (width, height, frames, seconds):  # a linked value is known only when it runs
+        if preset is not None and preset not in PRESETS:
+            return _host.valid_choices(preset=(preset, PRESETS))
+        if None in (preset, width, height, frames, seconds):  # a linked value is known only when it runs
             return True
         try:
             chosen_size(preset, width, height, frames, seconds)

@@ -165,7 +165,7 @@ class Host:
                 on_event(kind, data)
                 if kind in ("execution_error", "execution_interrupted"):
                     raise PromptFailed(kind, data)
-                if kind == "execution_success" or (kind == "executing" and data.get("node") is None):
+                if kind == "executing" and data.get("node") is None:  # after this the history is written
                     break
         return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
 
@@ -208,4 +208,4 @@ def _has_gpu() -> bool:
 
 
 if __name__ == "__main__":
-    fetch()
+    print(fetch())

@@ -70,6 +70,12 @@ def goldens() -> Goldens:
     return Goldens()
 
 
+@pytest.fixture(params=(torch.float32, torch.float64), ids=("float32", "float64"))
+def dtype(request):
+    """The two precisions that are measured against the reference vectors."""
+    return request.param
+
+
 @pytest.fixture
 def no_gradients():
     with torch.no_grad():

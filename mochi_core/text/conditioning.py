@@ -17,6 +17,9 @@ from .tokenizer import MAX_TOKENS, Tokenizer, Tokens
 
 log = logging.getLogger(__name__)
 
+# How many characters of a cut text a warning quotes.
+CUT_SHOWN = 240
+
 
 @dataclass(frozen=True)
 class TextConditioning:
@@ -52,7 +55,9 @@ def warn_of_cut(tokens: Tokens) -> str | None:
     """Logs and returns what of a prompt did not fit, None when all did."""
     if not tokens.cut:
         return None
-    message = f"The prompt is longer than {MAX_TOKENS} tokens; the model will not see: {tokens.cut!r}"
+    words = len(tokens.cut.split())
+    shown = tokens.cut if len(tokens.cut) <= CUT_SHOWN else f"{tokens.cut[: CUT_SHOWN - 60]} ... {tokens.cut[-50:]}"
+    message = f"The prompt is longer than {MAX_TOKENS} tokens; the model will not see its last {words} words: {shown!r}"
     log.warning(message)
     return message
 

@@ -73,6 +73,8 @@ def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: 
     Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
     """
     checkpoint = Checkpoint(path)
+    if layouts.ENCODER.prefix_in(checkpoint.names) is None:
+        layouts.find(checkpoint, layouts.DECODER)
     config = vae_config(checkpoint)
 
     def half(part: layouts.Part, network: type) -> Any:
@@ -84,8 +86,6 @@ def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: 
         return module.eval()
 
     decoder, encoder = half(layouts.DECODER, Decoder), half(layouts.ENCODER, Encoder)
-    if decoder is None and encoder is None:
-        layouts.find(checkpoint, layouts.DECODER)
     return VAE(decoder, encoder, LatentStatistics.from_metadata(checkpoint.metadata))
 
 

@@ -4,13 +4,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-DTYPES = (torch.float32, torch.float64)
 CASES = ("b1", "b1_empty", "b1_full", "b2", "b2_one_empty")
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
 
 
 def run(goldens, dit, case, dtype, padding=None, **options):

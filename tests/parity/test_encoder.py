@@ -8,11 +8,6 @@ from mochi_core.vae.encoder import fourier_features
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-@pytest.fixture(params=(torch.float32, torch.float64), ids=str)
-def dtype(request):
-    return request.param
-
-
 @pytest.fixture
 def case(goldens):
     return goldens.tensors("vae_encoder_cases")

@@ -12,11 +12,6 @@ from mochi_core.text.conditioning import TextConditioning
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-@pytest.fixture(params=(torch.float32, torch.float64), ids=str)
-def dtype(request):
-    return request.param
-
-
 @pytest.fixture
 def case(goldens):
     return goldens.tensors("sampler_cases")

@@ -22,6 +22,4 @@ def test_where_the_reference_divides_by_zero_ours_explains(goldens):
     assert len(tables) == 2
     for table in tables:
         with pytest.raises(ScheduleError):
-            linear_quadratic(
-                table["num_steps"], threshold=table["threshold_noise"], linear_steps=table["linear_steps"]
-            )
+            linear_quadratic(table["num_steps"], threshold=table["threshold_noise"], linear_steps=table["linear_steps"])

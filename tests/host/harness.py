@@ -1,0 +1,87 @@
+"""A short way to write API prompts, and a host that hands back what its probe nodes wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from scripts import comfyui
+
+TINY = "mochi-video-tiny"
+PROMPT = "a red circle moving right on a black background"
+
+
+class Graph:
+    """An API prompt in the making: `add` returns a node's first output, `out(node, 1)` its second."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    def add(self, class_type: str, **inputs: Any) -> list[Any]:
+        node_id = str(len(self.nodes) + 1)
+        self.nodes[node_id] = {"class_type": class_type, "inputs": inputs}
+        return [node_id, 0]
+
+    @staticmethod
+    def out(link: list[Any], index: int) -> list[Any]:
+        return [link[0], index]
+
+    def t5(self, name: str = TINY) -> list[Any]:
+        return self.add("MochiVideoT5Loader", t5_name=name, dtype="auto")
+
+    def dit(self, name: str = TINY, **options: Any) -> list[Any]:
+        defaults = {"dtype": "auto", "attention": "auto", "memory": "auto"}
+        return self.add("MochiVideoDiTLoader", dit_name=name, **(defaults | options))
+
+    def vae(self, name: str = TINY) -> list[Any]:
+        return self.add("MochiVideoVAELoader", vae_name=name, dtype="auto")
+
+    def text(self, clip: list[Any], text: str, weighting: bool = False) -> list[Any]:
+        return self.add("MochiVideoTextEncode", clip=clip, text=text, weighting=weighting)
+
+    def size(self, frames: int = 13, batch_size: int = 1, **options: Any) -> list[Any]:
+        defaults = {"preset": "custom", "width": 64, "height": 64, "frames": frames, "seconds": 0.0}
+        return self.add("MochiVideoSize", batch_size=batch_size, **(defaults | options))
+
+    def prompts(self, positive: str = PROMPT, negative: str = "") -> tuple[list[Any], list[Any]]:
+        clip = self.t5()
+        return self.text(clip, positive), self.text(clip, negative)
+
+    def sampler(self, latent: list[Any] | None = None, **options: Any) -> list[Any]:
+        """Our sampler with all that it needs, wherever the test has no wish of its own."""
+        if "positive" not in options:
+            options["positive"], options["negative"] = self.prompts()
+        defaults = {"steps": 4, "cfg": 4.0, "seed": 3, "noise_device": "cpu"}
+        model = options.pop("model", None) or self.dit()
+        return self.add("MochiVideoSampler", model=model, latent=latent or self.size(), **(defaults | options))
+
+    def decode(self, latent: list[Any], **options: Any) -> list[Any]:
+        defaults = {"mode": "streaming", "fps": 30.0, "tile_rows": 1, "tile_columns": 1, "tile_overlap": 0}
+        vae = options.pop("vae", None) or self.vae()
+        return self.add("MochiVideoDecode", vae=vae, latent=latent, **(defaults | options))
+
+    def probe(self, kind: str, link: list[Any], name: str) -> None:
+        self.add(f"MochiTestProbe{kind}", **{kind.lower(): link, "name": name})
+
+
+class RunningHost(comfyui.Host):
+    def tensors(self, graph: Graph, *names: str) -> Any:
+        """Runs the graph and reads what its probes wrote: one dict of tensors for each name."""
+        for name in names:
+            (self.output / f"{name}.safetensors").unlink(missing_ok=True)
+        self.run(graph.nodes)
+        found = [load_file(self.output / f"{name}.safetensors") for name in names]
+        return found[0] if len(found) == 1 else found
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def models(self) -> Path:
+        return self.base / "models"
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """One of the pack's API prompts."""
+    return json.loads((comfyui.REPO / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
