@@ -6,6 +6,4 @@ register_core()
 
 from .nodes import comfy_entrypoint  # noqa: E402
 
-WEB_DIRECTORY = "./js"
-
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+__all__ = ["comfy_entrypoint"]

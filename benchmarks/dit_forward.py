@@ -10,19 +10,20 @@ attention a block, without anything between them. The defaults are a medium mode
 import argparse
 import gc
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, peers  # noqa: E402
-from benchmarks.floor import Floor  # noqa: E402
-from mochi_core.config import DiTConfig  # noqa: E402
-from mochi_core.dit import AsymmDiT  # noqa: E402
+from benchmarks import harness, peers
+from benchmarks.floor import Floor
+from mochi_core.config import DiTConfig
+from mochi_core.dit import AsymmDiT
 
 SIGNS = {"native": -1}
 

@@ -4,7 +4,7 @@ The model's own weights meet inputs of the shapes and strides that they meet in 
 serves all calls of a shape. No implementation with the same layout and the same torch can be faster than that.
 """
 
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class _Recording:
     def __enter__(self) -> None:
         layers = [m for m in self._model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
         self._hooks = [layer.register_forward_hook(self._record_layer) for layer in layers]
-        self._attentions = [m for m in self._model.modules() if hasattr(m, "joint")]
+        self._attentions: list[Any] = [m for m in self._model.modules() if hasattr(m, "joint")]
         for attention in self._attentions:
             attention.joint = _RecordingJoint(self._floor, attention.joint)
 
@@ -86,7 +86,7 @@ class _RecordingJoint:
         return self.inner(visual, text, text_mask)
 
 
-def _functional(layer: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _functional(layer: Any, x: torch.Tensor) -> Run:
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, nn.Linear):
         return lambda: F.linear(x, weight, bias)

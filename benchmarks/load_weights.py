@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness  # noqa: E402
-from mochi_core.config import DiTConfig  # noqa: E402
-from mochi_core.dit import AsymmDiT  # noqa: E402
+from benchmarks import harness
+from mochi_core.config import DiTConfig
+from mochi_core.dit import AsymmDiT
 
 GOAL = 1.05
 ONE_BLOCK = DiTConfig(depth=1, heads=6, visual_dim=768, text_dim=384, text_feature_dim=1024)

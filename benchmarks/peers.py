@@ -12,9 +12,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
 
 import torch
 from torch import nn
@@ -149,7 +149,7 @@ def native_decoder(config: VAEConfig, state: State, device: str = "cpu") -> nn.M
 def diffusers_dit(config: DiTConfig, state: State) -> nn.Module:
     """diffusers' MochiTransformer3DModel with these weights."""
     try:
-        from diffusers import MochiTransformer3DModel
+        from diffusers.models.transformers.transformer_mochi import MochiTransformer3DModel
     except ImportError as error:
         raise PeerUnavailable(f"diffusers cannot be imported: {error}") from error
     with torch.device("meta"):

@@ -11,18 +11,19 @@ memory layout. The defaults are a medium decoder that a CPU runs in seconds.
 import argparse
 import gc
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, peers  # noqa: E402
-from benchmarks.floor import Floor  # noqa: E402
-from mochi_core.config import StagesConfig, VAEConfig  # noqa: E402
-from mochi_core.vae import Decoder  # noqa: E402
+from benchmarks import harness, peers
+from benchmarks.floor import Floor
+from mochi_core.config import StagesConfig, VAEConfig
+from mochi_core.vae import Decoder
 
 
 @dataclass(frozen=True)

@@ -28,19 +28,19 @@ FLOAT64_TOLERANCE = 1e-10
 Tensors = dict[str, torch.Tensor]
 
 
+@functools.cache
+def unpacked(name: str) -> bytes:
+    return lzma.decompress((GOLDENS / f"{name}.xz").read_bytes())
+
+
 class Goldens:
     """The committed reference vectors; see goldens/README.md."""
 
-    @functools.cache
     def tensors(self, name: str) -> Tensors:
-        return load(self._content(f"{name}.safetensors"))
+        return load(unpacked(f"{name}.safetensors"))
 
-    @functools.cache
     def json(self, name: str) -> Any:
-        return json.loads(self._content(f"{name}.json"))
-
-    def _content(self, name: str) -> bytes:
-        return lzma.decompress((GOLDENS / f"{name}.xz").read_bytes())
+        return json.loads(unpacked(f"{name}.json"))
 
     def check(self, actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
         """Fails unless `actual` is as near to the float64 `expected` as its dtype lets the reference be."""

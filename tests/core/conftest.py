@@ -56,7 +56,7 @@ def lies_in_file():
         for line in Path("/proc/self/maps").read_text().splitlines():
             first, last = (int(address, 16) for address in line.split()[0].split("-"))
             if first <= tensor.data_ptr() < last:
-                return line.endswith(str(path))
+                return line.endswith(str(path.resolve()))
         return False
 
     return check

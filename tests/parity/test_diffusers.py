@@ -98,8 +98,8 @@ def in_diffusers_names(weights, names, splits):
     return renamed
 
 
-# How far diffusers' surplus frames reach: a residual block looks 4 frames back; those of the third stage are 7 frames of
-# the video, and the fourth and fifth stage add 4 each.
+# How far diffusers' surplus frames reach: a residual block looks 4 frames back; those of the third stage are 7 frames
+# of the video, and the fourth and fifth stage add 4 each.
 FRAMES_REACHED = 15
 
 

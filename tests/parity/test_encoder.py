@@ -1,7 +1,6 @@
 """The encoder against the reference's outputs."""
 
 import pytest
-import torch
 
 from mochi_core.vae.encoder import fourier_features
 

@@ -1,4 +1,4 @@
-"""Our networks against ComfyUI's own, with the same weights: where they agree, and where native Mochi is known to err."""
+"""Our networks against ComfyUI's own, with the same weights: where they agree, and where native Mochi errs."""
 
 import subprocess
 import sys

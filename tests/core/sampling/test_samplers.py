@@ -106,9 +106,9 @@ class TestEuler:
 
         latents = CLEAN.clone()
         latents[0, 0, 0, 0, :2] = bad
-        with pytest.raises(LatentsError, match="^The latents to start from: 2 of 288 values are NaN or infinite: "):
+        with pytest.raises(LatentsError, match=r"^The latents to start from: 2 of 288 values are NaN or infinite: "):
             euler(direction, latents, linear_quadratic(4))
 
     def test_a_model_that_overflows(self):
-        with pytest.raises(LatentsError, match="^The sampled latents: 288 of 288 values are NaN or infinite"):
+        with pytest.raises(LatentsError, match=r"^The sampled latents: 288 of 288 values are NaN or infinite"):
             euler(lambda latents, *_: latents * math.nan, CLEAN, linear_quadratic(2))

@@ -60,6 +60,15 @@ def test_the_context_keeps_copies(conv):
     torch.testing.assert_close(run_causal(conv, later, context), whole[:, :, 3:], rtol=0, atol=1e-6)
 
 
+def test_the_context_keeps_no_more_than_it_needs(conv):
+    """A view would hold on to the whole piece."""
+    context = KeptContext()
+    run_causal(conv, clip(50), context)
+    (kept,) = context._kept.values()
+    assert kept.shape[2] == 2
+    assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
 def test_only_the_first_piece_starts_the_clip():
     context = KeptContext()
     assert context.is_first and WholeClip.is_first

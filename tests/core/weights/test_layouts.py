@@ -42,8 +42,8 @@ def test_parts_are_not_mistaken_for_each_other(names):
 
 def test_the_error_says_what_the_file_holds():
     message = (
-        r"^file.safetensors is not a Mochi DiT: it holds a Mochi VAE decoder and a Mochi VAE encoder: "
-        r"a Mochi DiT has tensors such as pos_frequencies, .*\. Choose another file, or load this one where it belongs\.$"
+        r"^file.safetensors is not a Mochi DiT: it holds a Mochi VAE decoder and a Mochi VAE encoder: a Mochi "
+        r"DiT has tensors such as pos_frequencies, .*\. Choose another file, or load this one where it belongs\.$"
     )
     with pytest.raises(WeightsError, match=message):
         layouts.find(holding(*VAE), layouts.DIT)

@@ -1,0 +1,113 @@
+"""Run inside a ComfyUI's own process by test_in_process.py: what only Python can see of our MODEL. Prints JSON."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path.cwd()))
+sys.argv = ["main.py", "--cpu"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_management  # noqa: E402
+import comfy.patcher_extension  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import torch  # noqa: E402
+
+
+def pack():
+    """The pack, imported as the host imports it: under a name of the host's choosing."""
+    spec = importlib.util.spec_from_file_location("some_x_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["some_x_pack"] = module
+    spec.loader.exec_module(module)
+    return sys.modules["some_x_pack.nodes"]
+
+
+nodes = pack()
+from mochi_core.weights.build import TINY_DIT, TINY_T5, TINY_TOKENIZER  # noqa: E402
+
+native_dit = sys.modules["some_x_pack.nodes.native_dit"]
+native_clip = sys.modules["some_x_pack.nodes.native_clip"]
+
+
+def load(memory="auto"):
+    return native_dit.load_model(str(TINY_DIT), None, "auto", memory)
+
+
+def conditionings():
+    clip = native_clip.load_clip(str(TINY_T5), TINY_TOKENIZER, None)
+    return [native_clip.encode(clip, text, False) for text in ("a red circle", "")]
+
+
+def sample(model, steps=3):
+    latent = torch.zeros(1, 12, 2, 8, 8)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    positive, negative = conditionings()
+    return comfy.sample.sample(
+        model, noise, steps, 4.0, "euler", "linear_quadratic", positive, negative, latent, disable_pbar=True
+    )
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+@torch.inference_mode()
+def main():
+    plain_model = load()
+    plain = sample(plain_model)
+    found = {"core_is_top_level": sys.modules["mochi_core"].__file__ == str(PACK / "mochi_core" / "__init__.py")}
+    found["is_genmo_mochi"] = isinstance(plain_model.model, comfy.model_base.GenmoMochi)
+    found["latent_mean"] = plain_model.model.latent_format.latents_mean.flatten()[0].item()
+
+    calls = []
+
+    def passing(arguments, extra):
+        calls.append(arguments["img"].shape)
+        return extra["original_block"](arguments)
+
+    patched = load()
+    patched.set_model_patch_replace(passing, "dit", "double_block", 2)
+    found["replaced_block_difference"] = difference(sample(patched), plain)
+    found["replaced_block_calls"] = len(calls)
+
+    wrapped = load()
+    seen = []
+    wrapped.add_wrapper(
+        comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL,
+        lambda executor, *args, **kwargs: (seen.append(1), executor(*args, **kwargs))[1],
+    )
+    found["wrapped_difference"] = difference(sample(wrapped), plain)
+    found["wrapper_calls"] = len(seen)
+
+    for memory in ("resident", "streamed"):
+        found[f"{memory}_difference"] = difference(sample(load(memory)), plain)
+    shape = (1, 12, 2, 8, 8)
+    found["streamed_asks_for_all"] = load("streamed").model.memory_required(shape) > 1e15
+    found["auto_asks_for_some"] = 0 < plain_model.model.memory_required(shape) < 1e12
+
+    # A patch as a LoRA makes one, applied to whole and to partly loaded weights.
+    key = "diffusion_model.blocks.1.attn.qkv_x.weight"
+    weight = plain_model.model.state_dict()[key]
+    change = {key: ("diff", (torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05,))}
+    lora = load()
+    found["patched_keys"] = len(lora.add_patches(change, 1.0))
+    changed = sample(lora)
+    found["patch_effect"] = difference(changed, plain)
+    partial = load()
+    partial.add_patches(change, 1.0)
+    if not getattr(partial, "is_dynamic", lambda: False)():
+        partial.patch_model(lowvram_model_memory=1)
+        found["partly_loaded_difference"] = difference(sample(partial), changed)
+        partial.unpatch_model()
+    found["unpatched_difference"] = difference(sample(load()), plain)
+    print("FOUND" + json.dumps(found))
+
+
+main()

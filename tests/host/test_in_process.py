@@ -1,0 +1,47 @@
+"""What only the host's own process can see: patches, wrappers, memory choices and weights that are partly loaded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import comfyui
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    script = Path(__file__).parent / "in_process.py"
+    done = subprocess.run([sys.executable, str(script)], cwd=comfyui.path(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    return json.loads(line.removeprefix("FOUND"))
+
+
+def test_the_pack_registers_its_core_under_one_name(found: dict[str, Any]) -> None:
+    assert found["core_is_top_level"]
+
+
+def test_our_model_is_a_genmo_mochi_with_the_latents_of_its_checkpoint(found: dict[str, Any]) -> None:
+    assert found["is_genmo_mochi"]
+    assert found["latent_mean"] == pytest.approx(0.240481)
+
+
+def test_block_replacements_and_wrappers_of_the_host_are_called(found: dict[str, Any]) -> None:
+    assert found["replaced_block_calls"] == found["wrapper_calls"] == 3  # one batched forward a step
+    assert found["replaced_block_difference"] == found["wrapped_difference"] == 0
+
+
+def test_memory_choices_change_where_weights_are_and_not_the_video(found: dict[str, Any]) -> None:
+    assert found["resident_difference"] == 0
+    assert found["streamed_difference"] <= 1e-5  # the host then runs the prompts one by one, which rounds apart
+    assert found["streamed_asks_for_all"] and found["auto_asks_for_some"]
+
+
+def test_host_patches_apply_to_whole_and_partly_loaded_weights_alike(found: dict[str, Any]) -> None:
+    assert found["patched_keys"] == 1
+    assert found["patch_effect"] > 1e-3
+    assert found.get("partly_loaded_difference", 0) <= 1e-5
+    assert found["unpatched_difference"] == 0
