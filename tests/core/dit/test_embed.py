@@ -48,6 +48,14 @@ def test_attention_pool_ignores_masked_tokens(units, dtype, pool):
     torch.testing.assert_close(pool(changed, mask), pool(features, mask), rtol=0, atol=1e-6)
 
 
+def test_attention_pool_of_one_token_is_its_value(units, dtype, pool):
+    """The mean of one token is that token, and attending to it twice is attending to it."""
+    token = units["in/pool_x"][:1, :1].to(dtype)
+    _, value = pool.to_kv(token[:, 0]).chunk(2, dim=-1)
+    out = pool(token, torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(out, pool.to_out(value), rtol=0, atol=1e-6)
+
+
 def test_attention_pool_of_no_tokens_is_that_of_an_empty_mask(units, dtype, pool):
     features, mask = units["in/pool_x"].to(dtype), units["in/pool_mask"]
     torch.testing.assert_close(pool(features[3:, :0], mask[3:, :0]), pool(features, mask)[3:], rtol=0, atol=1e-6)
