@@ -9,6 +9,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def main() -> None:
         whole = torch.randn(1, 12, latents, size, size, dtype=dtype)
         video = torch.rand(1, 3, frames, size * PIXELS_PER_LATENT, size * PIXELS_PER_LATENT)
         found["streaming decode"][f"{frames} frames"] = values_per_pixel(streamed(latents), pixels, value_bytes)
-        found["full decode"][f"{frames} frames"] = values_per_pixel(lambda: decoder(whole), pixels, value_bytes)
-        found["encode"][f"{frames} frames"] = values_per_pixel(lambda: encoder(video, dtype), pixels, value_bytes)
+        found["full decode"][f"{frames} frames"] = values_per_pixel(partial(decoder, whole), pixels, value_bytes)
+        found["encode"][f"{frames} frames"] = values_per_pixel(partial(encoder, video, dtype), pixels, value_bytes)
     print(json.dumps(found, indent=1))
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -4,8 +4,8 @@ A checkpoint may carry its own numbers in its metadata (`from_metadata`); a file
 model, `MOCHI_1`. `TINY` is the small checkpoint that ships in `assets/tiny`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .errors import ConfigError
@@ -23,16 +23,46 @@ def _must_divide(value: int, divisor: int, what: str) -> None:
         )
 
 
-def _known_fields(cls: type, values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with their names translated; names that mean nothing here are an error, not a guess."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What a field of each type may hold, in words and as a test.
+_RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number above 0", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
+    float: ("a number above 0", lambda v: _is_number(v) and v > 0),
+    str: ("text", lambda v: isinstance(v, str)),
+    tuple[int, ...]: (
+        "a list of whole numbers, none negative",
+        lambda v: isinstance(v, tuple) and all(isinstance(n, int) and n >= 0 for n in v),
+    ),
+    tuple[bool, ...]: (
+        "a list of true and false",
+        lambda v: isinstance(v, tuple) and all(isinstance(n, bool) for n in v),
+    ),
+}
+
+
+def _from_metadata(cls: type, values: Any, names: Mapping[str, str] = {}) -> dict[str, Any]:
+    """`values` with their names translated. Names that mean nothing here, or values that cannot be, are an error."""
+
+    def refuse(what: str, rule: str) -> ConfigError:
+        return ConfigError(f"The checkpoint's config {what}", rule, "Update this pack, or get the file again")
+
+    if not isinstance(values, Mapping):
+        raise refuse(f"is {values!r}", "it must be an object with named values")
+    known = {one.name: one for one in fields(cls)}
     translated = {names.get(key, key): tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    unknown = sorted(set(translated) - {f.name for f in fields(cls)})
+    unknown, missing = sorted(set(translated) - set(known)), []
     if unknown:
-        raise ConfigError(
-            f"The checkpoint's config has {', '.join(unknown)}",
-            f"{cls.__name__} knows only {', '.join(f.name for f in fields(cls))}",
-            "Update this pack, or check that the file is a Mochi checkpoint",
-        )
+        raise refuse(f"has {', '.join(unknown)}", f"{cls.__name__} knows only {', '.join(known)}")
+    for name, expected in known.items():
+        if name not in translated:
+            missing += [name] if expected.default is MISSING and expected.default_factory is MISSING else []
+        elif expected.type in _RULES and not _RULES[expected.type][1](translated[name]):
+            raise refuse(f"has {name} = {translated[name]!r}", f"it must be {_RULES[expected.type][0]}")
+    if missing:
+        raise refuse(f"lacks {', '.join(missing)}", f"{cls.__name__} needs each of them")
     return translated
 
 
@@ -71,7 +101,7 @@ class DiTConfig:
     @classmethod
     def from_metadata(cls, values: Mapping[str, Any]) -> "DiTConfig":
         """From the reference's names. Raises `ConfigError` on a name or number that cannot be."""
-        return cls(**_known_fields(cls, values, cls.METADATA_NAMES))
+        return cls(**_from_metadata(cls, values, cls.METADATA_NAMES))
 
     @property
     def head_dim(self) -> int:
@@ -139,13 +169,30 @@ class VAEConfig:
         default_factory=lambda: StagesConfig(64, (1, 2, 4, 6), (3, 3, 4, 6, 3), (False, True, True, True, True))
     )
 
+    def __post_init__(self) -> None:
+        resamplings = len(self.decoder.channel_multipliers) - 1
+        for name in ("temporal_factors", "spatial_factors"):
+            factors = getattr(self, name)
+            if len(factors) != resamplings or min(factors) < 1:
+                raise ConfigError(
+                    f"{name} is {factors}",
+                    f"there must be {resamplings}, each 1 or more",
+                    "Check the checkpoint's metadata",
+                )
+        if len(self.encoder.channel_multipliers) != len(self.decoder.channel_multipliers):
+            raise ConfigError(
+                f"The encoder has {len(self.encoder.channel_multipliers)} channel multipliers",
+                f"the decoder has {len(self.decoder.channel_multipliers)}, and both resample alike",
+                "Check the checkpoint's metadata",
+            )
+
     @classmethod
     def from_metadata(cls, values: Mapping[str, Any]) -> "VAEConfig":
         """From a checkpoint's metadata. Raises `ConfigError` on a name or number that cannot be."""
-        translated = _known_fields(cls, values, {})
+        translated = _from_metadata(cls, values)
         for half in ("decoder", "encoder"):
             if half in translated:
-                translated[half] = StagesConfig(**_known_fields(StagesConfig, translated[half], {}))
+                translated[half] = StagesConfig(**_from_metadata(StagesConfig, translated[half]))
         return cls(**translated)
 
 
@@ -167,7 +214,7 @@ class TextConfig:
     @classmethod
     def from_metadata(cls, values: Mapping[str, Any]) -> "TextConfig":
         """From a checkpoint's metadata. Raises `ConfigError` on a name that cannot be."""
-        return cls(**_known_fields(cls, values, {}))
+        return cls(**_from_metadata(cls, values))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Shapes: `B C T H W` = batch, channels, latent frames, latent rows, latent column
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,10 +37,10 @@ class LatentStatistics:
                 "latents_mean and latents_std must both be JSON lists of numbers",
                 "Get the file again",
             ) from error
-        if len(mean) != len(std) or not all(value > 0 for value in std):
+        if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or min(std, default=1) <= 0:
             raise WeightsError(
                 f"The checkpoint has {len(mean)} latent means and standard deviations {std}",
-                "there must be as many of each, and every deviation above zero",
+                "there must be as many of each, all finite, and every deviation above zero",
                 "Get the file again",
             )
         return cls(mean, std)

@@ -4,12 +4,13 @@ pipeline = MochiPipeline.tiny()
 frames = pipeline(TextToVideo("a red circle moving right on a black background"))
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .dit import AsymmDiT
+from .errors import ConditioningError, LatentsError
 from .latents import LatentStatistics, require_finite
 from .progress import Progress, silent
 from .sampling.guidance import RELEASED_SCALE, Guidance, checked, constant
@@ -30,7 +31,7 @@ class TextToVideo:
     negative: str = ""
     size: VideoSize = VideoSize(848, 480, 163)
     schedule: SigmaSchedule = field(default_factory=lambda: linear_quadratic(RELEASED_STEPS))
-    cfg: float | tuple[float, ...] = RELEASED_SCALE
+    cfg: float | Sequence[float] = RELEASED_SCALE
     seed: int = 0
     noise_device: str = "cpu"
     batched_cfg: bool = False
@@ -39,17 +40,37 @@ class TextToVideo:
     def scales(self) -> tuple[float, ...]:
         """The guidance scale of each step. Raises `ScheduleError` when they do not match the schedule."""
         steps = self.schedule.steps
-        return checked(self.cfg, steps) if isinstance(self.cfg, tuple) else constant(self.cfg, steps)
+        return checked(self.cfg, steps) if isinstance(self.cfg, Sequence) else constant(self.cfg, steps)
 
 
 @dataclass(frozen=True)
 class MochiPipeline:
-    """The three networks and the DiT's latent statistics. Runs each network where its parameters are."""
+    """The three networks and the DiT's latent statistics. Runs each network where its parameters are.
+
+    Raises `ConditioningError` or `LatentsError` when the parts do not belong together.
+    """
 
     text_encoder: TextEncoder
     dit: AsymmDiT
     decoder: Decoder
     statistics: LatentStatistics
+
+    def __post_init__(self) -> None:
+        given, read = self.text_encoder.width, self.dit.config.text_feature_dim
+        if given != read:
+            raise ConditioningError(
+                f"The T5 gives features of width {given}",
+                f"this DiT reads features of width {read}",
+                "Load the T5 that belongs to this DiT",
+            )
+
+        channels = self.dit.config.latent_channels
+        if len(self.statistics.mean) != channels:
+            raise LatentsError(
+                f"The latent statistics have {len(self.statistics.mean)} channels",
+                f"this DiT makes latents of {channels}",
+                "Use the statistics that were loaded with it",
+            )
 
     @classmethod
     def tiny(cls, dtype: torch.dtype = torch.float32) -> "MochiPipeline":

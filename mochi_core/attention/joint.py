@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch.nn import functional as F
 
-from .kernels import get_kernel
+from .kernels import check_name, get_kernel
 
 
 class QKV(NamedTuple):
@@ -34,9 +34,12 @@ class JointAttention(Protocol):
 
 @dataclass(frozen=True)
 class PlainJointAttention:
-    """Both streams side by side in one call of a kernel from the table."""
+    """Both streams side by side in one call of a kernel from the table. Raises `KernelError` on an unknown name."""
 
     kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_name(self.kernel)
 
     def __call__(self, visual: QKV, text: QKV, text_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         visual_tokens = visual.q.shape[1]

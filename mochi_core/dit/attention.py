@@ -11,8 +11,7 @@ from torch import nn
 
 from ..attention.joint import QKV, JointAttention, PlainJointAttention
 from ..config import DiTConfig
-from ..numerics import widen
-from .layers import modulated_rms_norm, over_tokens
+from .layers import modulated_rms_norm
 from .rope import rotate
 
 HEAD_NORM_EPS = 1e-5
@@ -58,14 +57,12 @@ class AsymmetricAttention(nn.Module):
 
     def visual_qkv(self, visual: torch.Tensor, scale: torch.Tensor, rotation: torch.Tensor) -> QKV:
         q, k, v = self._heads(self.qkv_x(modulated_rms_norm(visual, scale)))
-        table = rotation.unsqueeze(0)
-        q = over_tokens(lambda q, table: rotate(self.q_norm_x(widen(q)), table), q, table)
-        k = over_tokens(lambda k, table: rotate(self.k_norm_x(widen(k)), table), k, table)
-        return QKV(q, k, v)
+        q, k = rotate(self.q_norm_x(q), rotation), rotate(self.k_norm_x(k), rotation)
+        return QKV(q.to(v.dtype), k.to(v.dtype), v)
 
     def text_qkv(self, text: torch.Tensor, scale: torch.Tensor) -> QKV:
         q, k, v = self._heads(self.qkv_y(modulated_rms_norm(text, scale)))
-        return QKV(self.q_norm_y(widen(q)).to(v.dtype), self.k_norm_y(widen(k)).to(v.dtype), v)
+        return QKV(self.q_norm_y(q), self.k_norm_y(k), v)
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # pyright: ignore[reportReturnType]

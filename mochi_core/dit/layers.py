@@ -5,7 +5,6 @@ The reference keeps norms, gates and rotations in float32 whatever the weights a
 Shapes: `B` batch, `N` tokens, `C` channels.
 """
 
-from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,26 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..numerics import CPU_CACHE_VALUES, silu, widen
+from ..numerics import widen
 
 NORM_EPS = 1e-6
-
-
-def over_tokens(function: Callable[..., torch.Tensor], *tokens: torch.Tensor, shared: Sequence[torch.Tensor] = ()):
-    """`function(*tokens, *shared)` in the dtype of the first; `tokens` are split along axis 1, `shared` are not.
-
-    These functions make several widened temporaries. On a CPU, a few tokens at a time keeps them in its cache,
-    where the whole at once would fetch fresh memory for each: the same numbers, several times faster.
-    """
-    first = tokens[0]
-    count = first.shape[1]
-    step = max(1, CPU_CACHE_VALUES * count // max(1, first.numel()))
-    if first.device.type != "cpu" or torch.is_grad_enabled() or step >= count:
-        return function(*tokens, *shared).to(first.dtype)
-    out = torch.empty(first.shape, dtype=first.dtype)
-    for start in range(0, count, step):
-        out[:, start : start + step] = function(*(t[:, start : start + step] for t in tokens), *shared)
-    return out
 
 
 def _rms_normalized(x: torch.Tensor) -> torch.Tensor:
@@ -42,21 +24,12 @@ def _rms_normalized(x: torch.Tensor) -> torch.Tensor:
 
 def modulated_rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """RMS norm whose gain, `1 + scale`, comes from the conditioning. `x`: `B N C`, `scale`: `B C`."""
-    gain = (1 + widen(scale)).unsqueeze(1)
-    return over_tokens(lambda x, gain: _rms_normalized(x) * gain, x, shared=[gain])
+    return (_rms_normalized(x) * (1 + widen(scale)).unsqueeze(1)).to(x.dtype)
 
 
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`x` plus the RMS-normed branch times `tanh(gate)`. `x`, `branch`: `B N C`, `gate`: `B C`."""
-    opening = widen(gate).tanh().unsqueeze(1)
-    return over_tokens(
-        lambda x, branch, opening: x + (_rms_normalized(branch) * opening).to(x.dtype), x, branch, shared=[opening]
-    )
-
-
-def silu_times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`silu(x) * factor`, both `B N C`."""
-    return over_tokens(lambda x, factor: silu(x) * factor, x, factor)
+    return x + (_rms_normalized(branch) * widen(gate).tanh().unsqueeze(1)).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -69,7 +42,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         activated, linear = self.w1(x).chunk(2, dim=-1)
-        return self.w2(silu_times(activated, linear))
+        return self.w2(F.silu(activated).mul_(linear))
 
 
 class FinalLayer(nn.Module):

@@ -97,10 +97,11 @@ class AsymmDiT(nn.Module):
     def check(self, latents: torch.Tensor, text_features: torch.Tensor, text_mask: torch.Tensor) -> None:
         """Raises `LatentsError` or `ConditioningError` when the inputs do not fit this model."""
         channels, patch = self.config.latent_channels, self.config.patch_size
-        if latents.ndim != 5 or latents.shape[1] != channels or any(n % patch or not n for n in latents.shape[3:]):
+        fits = latents.ndim == 5 and latents.shape[1] == channels and 0 not in latents.shape
+        if not fits or any(n % patch for n in latents.shape[3:]):
             raise LatentsError(
                 f"The latents have shape {tuple(latents.shape)}",
-                f"they must be B x {channels} x T x H x W, with H and W even",
+                f"they must be B x {channels} x T x H x W, with H and W multiples of {patch}",
                 "Use width and height that are multiples of 16",
             )
         width = self.config.text_feature_dim

@@ -34,16 +34,20 @@ def rotations(frequencies: torch.Tensor, frames: int, rows: int, columns: int, d
     `frequencies`: `3 A F`, learned, in radians a step. Returns `N A F`, complex64 (complex128 for float64 weights).
     """
     complex_dtype = torch.complex128 if frequencies.dtype == torch.float64 else torch.complex64
-    exact = frequencies.detach().to("cpu", torch.float64)
-    time, row, column = (
-        torch.polar(torch.ones(len(p), *f.shape, dtype=torch.float64), p.view(-1, 1, 1) * f).to(device, complex_dtype)
-        for p, f in zip(axis_positions(frames, rows, columns), exact)
-    )
+    # Metal has no float64; the small tables are made on the CPU there.
+    exact_device = torch.device("cpu") if device.type == "mps" else device
+
+    def turns(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        angles = positions.to(exact_device).view(-1, 1, 1) * frequencies
+        return torch.polar(torch.ones_like(angles), angles).to(device, complex_dtype)
+
+    exact = frequencies.to(exact_device, torch.float64)
+    time, row, column = (turns(p, f) for p, f in zip(axis_positions(frames, rows, columns), exact))
     table = time[:, None, None] * (row[:, None] * column[None, :])[None]
     return table.flatten(0, 2)
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns neighbouring pairs of `x` (`B N A D`) by `table` (`1 N A D/2`); widened like the table."""
+    """Turns neighbouring pairs of `x` (`B N A D`) by `table` (`N A D/2`); widened like the table."""
     pairs = torch.view_as_complex(widen(x).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import T5EncoderModel
 
 from ..errors import ConditioningError
 from .tokenizer import MAX_TOKENS, Tokenizer, Tokens
@@ -66,8 +66,13 @@ def warn_of_cut(tokens: Tokens) -> str | None:
 class TextEncoder:
     """A T5 encoder with its tokenizer."""
 
-    model: nn.Module
+    model: T5EncoderModel
     tokenizer: Tokenizer
+
+    @property
+    def width(self) -> int:
+        """How wide its features are."""
+        return self.model.config.d_model
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> TextConditioning:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
 from ..config import GROUP_NORM_GROUPS
-from ..numerics import silu_
 from .attention import TemporalAttentionBlock
 from .causal_conv import TemporalContext, causal_conv3d, run_causal
 from .norm import per_frame
@@ -39,8 +39,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
         norm_1, _, conv_1, norm_2, _, conv_2 = self.stack
-        branch = run_causal(conv_1, silu_(per_frame(norm_1, x)), context)
-        branch = run_causal(conv_2, silu_(per_frame(norm_2, branch)), context)
+        branch = run_causal(conv_1, F.silu(per_frame(norm_1, x), inplace=True), context)
+        branch = run_causal(conv_2, F.silu(per_frame(norm_2, branch), inplace=True), context)
         x = x + branch
         return x if self.attn_block is None else self.attn_block(x)
 

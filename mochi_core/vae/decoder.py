@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
 from ..config import MOCHI_1, VAEConfig
-from ..errors import LatentsError
-from ..numerics import silu_, widen
+from ..errors import LatentsError, ShapeError
+from ..numerics import widen
 from .blocks import ResBlock, UpsampleBlock, pointwise
 from .causal_conv import KeptContext, TemporalContext, WholeClip
 
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
         x = embed(latents.contiguous(memory_format=torch.channels_last_3d))
         for block in (*first, *upsample, *last):
             x = block(x, context)
-        return pointwise(self.output_proj, silu_(x))
+        return pointwise(self.output_proj, F.silu(x, inplace=True))
 
     def _stages(self) -> tuple[nn.Module, list[nn.Module], list[nn.Module], list[nn.Module]]:
         first, *upsample, last = self.blocks
@@ -95,6 +96,11 @@ class Decoder(nn.Module):
 
         Exact: the frames that each convolution needs of the piece before are kept, nothing is blended or lost.
         """
+        if latents_at_once < 1:
+            raise ShapeError(f"latents_at_once is {latents_at_once}", "a piece must have at least one", "Use 1 or more")
+        return self._pieces(latents, latents_at_once)
+
+    def _pieces(self, latents: torch.Tensor, latents_at_once: int) -> Iterator[torch.Tensor]:
         context = KeptContext()
         for piece in latents.split(latents_at_once, dim=2):
             yield self(piece, context)

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..config import GROUP_NORM_GROUPS, MOCHI_1, VAEConfig
 from ..errors import ShapeError
-from ..numerics import silu_, widen
+from ..numerics import widen
 from ..shapes import FRAMES_PER_LATENT, snap_frames
 from .blocks import DownsampleBlock, ResBlock, pointwise
 from .causal_conv import WholeClip
@@ -97,14 +98,14 @@ class Encoder(nn.Module):
         Computes in `dtype`, the video's own by default; the Fourier features are made before the video is rounded to
         it. Raises `ShapeError` on a clip that does not fit.
         """
-        frames, height, width = video.shape[2:]
         spatial = math.prod(self.config.spatial_factors)
-        if video.ndim != 5 or height % spatial or width % spatial or 0 in video.shape:
+        if video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape or any(n % spatial for n in video.shape[3:]):
             raise ShapeError(
                 f"The video has shape {tuple(video.shape)}",
                 f"it must be B x 3 x T x H x W, with H and W multiples of {spatial}",
                 "Crop or pad it to the grid",
             )
+        frames = video.shape[2]
         if (frames - 1) % FRAMES_PER_LATENT:
             raise ShapeError(
                 f"The video has {frames} frames",
@@ -117,5 +118,5 @@ class Encoder(nn.Module):
         x = pointwise(embed, x)
         for block in blocks:
             x = block(x, context)
-        moments = pointwise(self.output_proj, silu_(per_frame(self.output_norm, x)))
+        moments = pointwise(self.output_proj, F.silu(per_frame(self.output_norm, x), inplace=True))
         return Posterior(*moments.chunk(2, dim=1))

@@ -11,12 +11,13 @@ from transformers import T5EncoderModel
 
 from ..config import MOCHI_1, DiTConfig, TextConfig, VAEConfig
 from ..dit import AsymmDiT
+from ..errors import WeightsError
 from ..latents import LatentStatistics
 from ..text.t5 import empty_t5
 from ..text.tokenizer import Tokenizer
 from ..vae import Decoder, Encoder
 from . import layouts
-from .checkpoint import Checkpoint, fill
+from .checkpoint import Checkpoint, fill, listing
 
 TINY_ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
 TINY_NAME = "mochi-video-tiny"
@@ -62,9 +63,11 @@ def load_dit(
     """
     checkpoint = Checkpoint(path)
     prefix = layouts.find(checkpoint, layouts.DIT)
-    network = AsymmDiT(dit_config(checkpoint), operations=operations, device="meta")
+    config = dit_config(checkpoint)
+    statistics = _statistics(checkpoint, config.latent_channels)
+    network = AsymmDiT(config, operations=operations, device="meta")
     fill(network, checkpoint.tensors(prefix, dtype), str(path))
-    return network.eval(), LatentStatistics.from_metadata(checkpoint.metadata)
+    return network.eval(), statistics
 
 
 def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn) -> VAE:
@@ -76,17 +79,41 @@ def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: 
     if layouts.ENCODER.prefix_in(checkpoint.names) is None:
         layouts.find(checkpoint, layouts.DECODER)
     config = vae_config(checkpoint)
-
-    def half(part: layouts.Part, network: type) -> Any:
-        prefix = part.prefix_in(checkpoint.names)
-        if prefix is None:
-            return None
-        module = network(config, operations=operations, device="meta")
+    modules = {
+        prefix: network(config, operations=operations, device="meta").eval()
+        for prefix, network in _vae_halves(checkpoint).items()
+    }
+    strangers = [name for name in checkpoint.names if not name.startswith(tuple(modules))]
+    if strangers:
+        raise WeightsError(
+            f"{path} holds tensors of no half of the VAE: {listing('unknown', strangers)}",
+            f"a combined file has only {' and '.join(modules)}",
+            "Choose the file that belongs here",
+        )
+    for prefix, module in modules.items():
         fill(module, checkpoint.tensors(prefix, dtype), str(path))
-        return module.eval()
+    halves = {type(module): module for module in modules.values()}
+    statistics = _statistics(checkpoint, config.latent_channels)
+    return VAE(halves.get(Decoder), halves.get(Encoder), statistics)  # pyright: ignore[reportArgumentType]
 
-    decoder, encoder = half(layouts.DECODER, Decoder), half(layouts.ENCODER, Encoder)
-    return VAE(decoder, encoder, LatentStatistics.from_metadata(checkpoint.metadata))
+
+def _vae_halves(checkpoint: Checkpoint) -> dict[str, type[nn.Module]]:
+    """Which networks a VAE file is for, by their prefix: prefixed halves, or one bare half."""
+    prefixed = {"decoder.": Decoder, "encoder.": Encoder}
+    found = {p: n for p, n in prefixed.items() if any(name.startswith(p) for name in checkpoint.names)}
+    return found or {"": Decoder if layouts.DECODER.prefix_in(checkpoint.names) is not None else Encoder}
+
+
+def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics:
+    """The file's latent statistics. Raises `WeightsError` when there are not `channels` of them."""
+    statistics = LatentStatistics.from_metadata(checkpoint.metadata)
+    if len(statistics.mean) != channels:
+        raise WeightsError(
+            f"{checkpoint.path} has latent statistics of {len(statistics.mean)} channels",
+            f"its config has {channels} latent channels",
+            "Get the file again",
+        )
+    return statistics
 
 
 def load_t5(path: str | Path, *, dtype: torch.dtype | None = None) -> T5EncoderModel:

@@ -68,6 +68,13 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) ->
     Raises `WeightsError` that names every kind of mismatch: missing, unknown and mis-shaped. `source` is for it.
     """
     check_names(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    whole_numbers = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
+    if whole_numbers:
+        raise WeightsError(
+            f"{source} has weights that are whole numbers: {listing('such', whole_numbers)}",
+            "weights must be floating point",
+            "It may be packed by a quantiser this version does not read: get the file unpacked",
+        )
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)
 
@@ -76,9 +83,9 @@ def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source
     """Raises `WeightsError` unless `shapes` has exactly the names and shapes that `module` expects."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [
-        _listing("missing", sorted(expected.keys() - shapes.keys())),
-        _listing("unknown", sorted(shapes.keys() - expected.keys())),
-        _listing(
+        listing("missing", sorted(expected.keys() - shapes.keys())),
+        listing("unknown", sorted(shapes.keys() - expected.keys())),
+        listing(
             "of a wrong shape",
             [
                 f"{name} {shapes[name]} instead of {shape}"
@@ -96,7 +103,8 @@ def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source
         )
 
 
-def _listing(kind: str, names: Iterable[str]) -> str:
+def listing(kind: str, names: Iterable[str]) -> str:
+    """`3 missing (a, b, c)`, the first few by name; empty when there are none."""
     names = list(names)
     if not names:
         return ""

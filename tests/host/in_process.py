@@ -22,7 +22,9 @@ import torch  # noqa: E402
 
 def pack():
     """The pack, imported as the host imports it: under a name of the host's choosing."""
-    spec = importlib.util.spec_from_file_location("some_x_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    spec = importlib.util.spec_from_file_location(
+        "some_x_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["some_x_pack"] = module
     spec.loader.exec_module(module)
@@ -107,7 +109,7 @@ def main():
         found["partly_loaded_difference"] = difference(sample(partial), changed)
         partial.unpatch_model()
     found["unpatched_difference"] = difference(sample(load()), plain)
-    print("FOUND" + json.dumps(found))
+    sys.stdout.write("FOUND" + json.dumps(found) + "\n")
 
 
 main()
