@@ -24,12 +24,12 @@ def _rms_normalized(x: torch.Tensor) -> torch.Tensor:
 
 def modulated_rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """RMS norm whose gain, `1 + scale`, comes from the conditioning. `x`: `B N C`, `scale`: `B C`."""
-    return (_rms_normalized(x) * (1 + widen(scale)).unsqueeze(1)).to(x.dtype)
+    return _rms_normalized(x).mul_((1 + widen(scale)).unsqueeze(1)).to(x.dtype)
 
 
 def gated_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`x` plus the RMS-normed branch times `tanh(gate)`. `x`, `branch`: `B N C`, `gate`: `B C`."""
-    return x + (_rms_normalized(branch) * widen(gate).tanh().unsqueeze(1)).to(x.dtype)
+    return x + _rms_normalized(branch).mul_(widen(gate).tanh().unsqueeze(1)).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
