@@ -20,11 +20,16 @@ def main() -> None:
     titles = {node_id: node["_meta"]["title"] for node_id, node in prompt.items()}
     bar: tqdm[Any] | None = None
 
+    def finish() -> None:
+        if bar is not None:
+            bar.n = bar.total
+            bar.refresh()
+            bar.close()
+
     def show(kind: str, data: dict[str, Any]) -> None:
         nonlocal bar
         if kind == "executing" and data.get("node"):
-            if bar is not None:
-                bar.close()
+            finish()
             bar = tqdm(desc=titles[data["node"]], total=1, bar_format="{desc:<28} {bar:30} {n_fmt}/{total_fmt}")
         elif kind == "progress" and bar is not None:
             bar.total, bar.n = data["max"], data["value"]
@@ -35,8 +40,7 @@ def main() -> None:
         print(f"Starting ComfyUI from {comfyui.fetch()} ...")
         with comfyui.Host(Path(base), OUTPUT, log) as host:
             outputs = host.run(prompt, show)
-        if bar is not None:
-            bar.close()
+        finish()
         (video,) = host.saved(outputs)
     print(f"Prompt: {next(node['inputs']['text'] for node in prompt.values() if node['inputs'].get('text'))}")
     print(f"Video:  {video}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TINY, Graph, RunningHost
+from harness import TINY, Graph, RunningHost, workflow
 from safetensors.torch import load_file, save_file
 
 from mochi_core.weights.build import TINY_DIT, TINY_T5, TINY_VAE
@@ -89,6 +89,17 @@ def test_unknown_modes_of_sampler_and_decoder_are_refused_when_queued(host: Runn
     graph.probe("Image", graph.decode(latent, mode="magic"), "image")
     answer = refusal(host, graph)
     assert "noise_device is 'tpu'" in answer and "mode is 'magic'" in answer
+
+
+def test_the_full_size_workflow_names_the_files_that_are_not_there_and_has_no_other_fault(host: RunningHost) -> None:
+    with pytest.raises(PromptRefused) as refused:
+        host.queue(workflow("text_to_video"))
+    errors = refused.value.answer["node_errors"]
+    said = {node["class_type"]: node["errors"][0]["details"] for node in errors.values()}
+    assert said.keys() == {"MochiVideoT5Loader", "MochiVideoDiTLoader", "MochiVideoVAELoader"}
+    assert "t5xxl_fp16.safetensors" in said["MochiVideoT5Loader"]
+    assert "dit.safetensors" in said["MochiVideoDiTLoader"]
+    assert "decoder.safetensors" in said["MochiVideoVAELoader"]
 
 
 def broken_file(path: Path, kind: str) -> Path:
