@@ -24,7 +24,7 @@ from . import _host
 
 # Live values for each pixel of a frame, found by counting tensors in the released decoder and encoder:
 # benchmarks/vae_live_memory.py. Weights are apart.
-STREAMING_VALUES_PER_PIXEL = 10_800
+STREAMING_VALUES_PER_PIXEL = 7_600
 FULL_VALUES_PER_PIXEL_AND_LATENT = 3_200
 ENCODE_VALUES_PER_PIXEL_AND_FRAME = 430
 
