@@ -36,12 +36,12 @@ def test_block_replacements_and_wrappers_of_the_host_are_called(found: dict[str,
 
 def test_memory_choices_change_where_weights_are_and_not_the_video(found: dict[str, Any]) -> None:
     assert found["resident_difference"] == 0
-    assert found["streamed_difference"] <= 1e-5  # the host then runs the prompts one by one, which rounds apart
+    assert found["streamed_difference"] <= 5e-5  # the host then runs the prompts one by one, which rounds apart
     assert found["streamed_asks_for_all"] and found["auto_asks_for_some"]
 
 
 def test_host_patches_apply_to_whole_and_partly_loaded_weights_alike(found: dict[str, Any]) -> None:
     assert found["patched_keys"] == 1
     assert found["patch_effect"] > 1e-3
-    assert found.get("partly_loaded_difference", 0) <= 1e-5
+    assert found.get("partly_loaded_difference", 0) <= 5e-5
     assert found["unpatched_difference"] == 0

@@ -52,6 +52,7 @@ def test_our_sampler_and_the_pipeline_give_the_same_latents(host: RunningHost, g
         schedule=linear_quadratic(8),
         cfg=4.0,
         seed=3,
+        batched_cfg=True,  # as the host does it
     )
     expected = MochiPipeline.tiny().sample(request)
     assert (host.tensors(graph, "latents")["samples"] - expected).abs().max() <= 1e-5
