@@ -16,6 +16,7 @@ import torch
 from comfy_api.latest import io
 
 from mochi_core.errors import MochiError, WeightsError
+from mochi_core.sampling.schedule import SigmaSchedule
 from mochi_core.weights.build import TINY_NAME
 
 log = logging.getLogger("mochi_video")
@@ -60,6 +61,20 @@ def valid_choices(**choices: tuple[str | None, Iterable[str]]) -> bool | str:
         if value is not None and value not in options:
             shown = ", ".join(options[:OPTIONS_SHOWN]) + (", ..." if len(options) > OPTIONS_SHOWN else "")
             return f"{name} is {value!r}: it must be one of {shown}. Choose one of them."
+    return True
+
+
+def accepted_by(check: Callable[..., Any], *values: Any) -> bool | str:
+    """The same for values that must fit together: what `check(*values)` has against them.
+
+    A linked value is None, and known only when it runs.
+    """
+    if None in values:
+        return True
+    try:
+        check(*values)
+    except MochiError as error:
+        return str(error)
     return True
 
 
@@ -148,6 +163,11 @@ def progress_bars_enabled() -> bool:
 def sampler_callback(model: Any, steps: int) -> Callable[..., None]:
     """What the host's samplers call after each step: bar, preview, interruption."""
     return latent_preview.prepare_callback(model, steps)
+
+
+def sigmas_tensor(schedule: SigmaSchedule) -> torch.Tensor:
+    """The schedule as the host's SIGMAS."""
+    return torch.tensor(schedule.levels, dtype=torch.float32)
 
 
 def fitted_latents(model: Any, samples: torch.Tensor) -> torch.Tensor:

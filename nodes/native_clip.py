@@ -19,9 +19,8 @@ from mochi_core.config import TextConfig
 from mochi_core.errors import ConditioningError, ConfigError
 from mochi_core.text.conditioning import warn_of_cut
 from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, Tokenizer, Tokens
-from mochi_core.weights import layouts
-from mochi_core.weights.build import text_config
-from mochi_core.weights.checkpoint import Checkpoint, fill
+from mochi_core.weights.build import read_t5
+from mochi_core.weights.checkpoint import fill
 
 from . import _host
 
@@ -154,9 +153,7 @@ class _Target:
 
 def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
     """The host's CLIP object around the T5 of a file. Raises `MochiError` kinds on a bad file."""
-    checkpoint = Checkpoint(path)
-    prefix = layouts.find(checkpoint, layouts.T5)
-    config = text_config(checkpoint)
+    config, tensors = read_t5(path, dtype)
     fixed = (config.relative_attention_num_buckets, config.relative_attention_max_distance, config.feed_forward_proj)
     if fixed != (32, 128, "gated-gelu"):
         raise ConfigError(
@@ -164,8 +161,6 @@ def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) 
             "the host's T5 has 32 buckets to distance 128 and gated-gelu layers",
             "Use a T5 v1.1 encoder",
         )
-    tensors = checkpoint.tensors(prefix, dtype)
-    tensors.pop("encoder.embed_tokens.weight", None)  # the shared embedding under its other name
     # Built on the CPU whatever the host would choose: the file's tensors become the parameters.
     options = {"dtype": tensors["shared.weight"].dtype, "initial_device": torch.device("cpu")}
     clip = comfy.sd.CLIP(

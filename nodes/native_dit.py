@@ -16,9 +16,8 @@ from mochi_core.dit import AsymmDiT
 from mochi_core.dit.block import AsymmetricJointBlock
 from mochi_core.errors import ConditioningError
 from mochi_core.latents import MOCHI_1_STATISTICS, LatentStatistics
-from mochi_core.weights import layouts
-from mochi_core.weights.build import dit_config
-from mochi_core.weights.checkpoint import Checkpoint, fill
+from mochi_core.weights.build import read_dit
+from mochi_core.weights.checkpoint import fill
 
 from . import _host
 
@@ -144,12 +143,9 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     get_kernel(attention, load_device, torch.float32)
 
-    checkpoint = Checkpoint(path)
-    prefix = layouts.find(checkpoint, layouts.DIT)
-    tensors = checkpoint.tensors(prefix, dtype)
+    config, statistics, tensors = read_dit(path, dtype)
     weight_dtype = tensors["t5_yproj.weight"].dtype
-
-    supported = MochiSupported(dit_config(checkpoint), LatentStatistics.from_metadata(checkpoint.metadata))
+    supported = MochiSupported(config, statistics)
     cast = management.unet_manual_cast(weight_dtype, load_device, supported.supported_inference_dtypes)
     set_dtype = supported.set_inference_dtype
     set_dtype(weight_dtype, cast, **_host.known_arguments(set_dtype, device=load_device))

@@ -80,7 +80,7 @@ def run(guider: MochiGuider, latent: dict[str, Any], schedule: SigmaSchedule, se
         noise,
         samples,
         comfy.samplers.sampler_object("euler"),
-        torch.tensor(schedule.levels, dtype=torch.float32),
+        _host.sigmas_tensor(schedule),
         denoise_mask=latent.get("noise_mask"),
         callback=_host.sampler_callback(model, schedule.steps),
         disable_pbar=not _host.progress_bars_enabled(),

@@ -115,10 +115,8 @@ class MochiVAE(comfy.sd.VAE):
         size = comfy.model_management.dtype_size(self.first_stage_model.dtype)
 
         def decode(shape: Any, dtype: torch.dtype) -> float:
-            latents = 1 if mode == "streaming" else shape[2]
-            per_pixel = (
-                STREAMING_VALUES_PER_PIXEL if mode == "streaming" else FULL_VALUES_PER_PIXEL_AND_LATENT * latents
-            )
+            whole = FULL_VALUES_PER_PIXEL_AND_LATENT * shape[2]
+            per_pixel = STREAMING_VALUES_PER_PIXEL if mode == "streaming" else whole
             return shape[0] * shape[3] * shape[4] * PIXELS_PER_LATENT**2 * per_pixel * size
 
         def encode(shape: Any, dtype: torch.dtype) -> float:

@@ -1,9 +1,8 @@
 """Noise levels for the host's samplers."""
 
-import torch
 from comfy_api.latest import io
 
-from mochi_core.errors import MochiError, ScheduleError
+from mochi_core.errors import ScheduleError
 from mochi_core.sampling.schedule import RELEASED_STEPS, RELEASED_THRESHOLD, SigmaSchedule, last_part, linear_quadratic
 
 from . import _host
@@ -22,11 +21,6 @@ def chosen_schedule(
     fixed = PRESETS[preset]
     threshold, linear = (threshold_noise, linear_steps or None) if fixed is None else (fixed[0], int(total * fixed[1]))
     return last_part(linear_quadratic(total, threshold=threshold, linear_steps=linear), steps)
-
-
-def sigmas_tensor(schedule: SigmaSchedule) -> torch.Tensor:
-    """The schedule as the host's SIGMAS."""
-    return torch.tensor(schedule.levels, dtype=torch.float32)
 
 
 class MochiVideoSigmas(io.ComfyNode):
@@ -85,18 +79,15 @@ class MochiVideoSigmas(io.ComfyNode):
     def validate_inputs(
         cls, preset: str, steps: int, threshold_noise: float, linear_steps: int, denoise: float
     ) -> bool | str:
-        if preset is not None and preset not in PRESETS:
-            return _host.valid_choices(preset=(preset, PRESETS))
-        if None in (preset, steps, threshold_noise, linear_steps, denoise):  # a linked value is known only when it runs
-            return True
-        try:
-            chosen_schedule(preset, steps, threshold_noise, linear_steps, denoise)
-        except MochiError as error:
-            return str(error)
-        return True
+        choice = _host.valid_choices(preset=(preset, PRESETS))
+        if choice is not True:
+            return choice
+        return _host.accepted_by(chosen_schedule, preset, steps, threshold_noise, linear_steps, denoise)
 
     @classmethod
     def execute(
         cls, preset: str, steps: int, threshold_noise: float, linear_steps: int, denoise: float
     ) -> io.NodeOutput:
-        return io.NodeOutput(sigmas_tensor(chosen_schedule(preset, steps, threshold_noise, linear_steps, denoise)))
+        return io.NodeOutput(
+            _host.sigmas_tensor(chosen_schedule(preset, steps, threshold_noise, linear_steps, denoise))
+        )

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from mochi_core.config import MOCHI_1
-from mochi_core.errors import MochiError, ShapeError
+from mochi_core.errors import ShapeError
 from mochi_core.shapes import RELEASED_FPS, VideoSize, frames_for_seconds
 
 from . import _host
@@ -77,15 +77,10 @@ class MochiVideoSize(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, preset: str, width: int, height: int, frames: int, seconds: float) -> bool | str:
-        if preset is not None and preset not in PRESETS:
-            return _host.valid_choices(preset=(preset, PRESETS))
-        if None in (preset, width, height, frames, seconds):  # a linked value is known only when it runs
-            return True
-        try:
-            chosen_size(preset, width, height, frames, seconds)
-        except MochiError as error:
-            return str(error)
-        return True
+        choice = _host.valid_choices(preset=(preset, PRESETS))
+        if choice is not True:
+            return choice
+        return _host.accepted_by(chosen_size, preset, width, height, frames, seconds)
 
     @classmethod
     def execute(

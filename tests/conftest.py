@@ -15,10 +15,9 @@ from mochi_core.config import DiTConfig, StagesConfig, VAEConfig
 from mochi_core.dit import AsymmDiT
 from mochi_core.pipeline import MochiPipeline
 from mochi_core.vae import Decoder, Encoder
+from scripts import comfyui
 
 GOLDENS = Path(__file__).parent / "goldens"
-COMFYUI_VERSION = "0.3.75"
-COMFYUI_CACHE = Path(__file__).parent.parent / ".cache" / "comfyui" / COMFYUI_VERSION
 NO_ATTENTION = (False,) * 5
 
 # How many times the reference's own float32 error ours may be.
@@ -120,7 +119,7 @@ def missing_peer(reason: str) -> None:
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
     """A ComfyUI checkout: `COMFYUI_PATH`, or the one that `make setup` puts into `.cache`."""
-    path = Path(os.environ.get("COMFYUI_PATH") or COMFYUI_CACHE)
+    path = comfyui.path()
     if not (path / "comfy" / "ldm" / "genmo").is_dir():
         missing_peer(f"no ComfyUI checkout at {path}: run `make setup`, or set COMFYUI_PATH")
     return path

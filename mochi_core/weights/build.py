@@ -19,6 +19,11 @@ from ..vae import Decoder, Encoder
 from . import layouts
 from .checkpoint import Checkpoint, fill, listing
 
+Tensors = dict[str, torch.Tensor]
+
+# The T5's embedding has two names in transformers; files hold the first, or both.
+T5_SECOND_NAME = "encoder.embed_tokens.weight"
+
 TINY_ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
 TINY_NAME = "mochi-video-tiny"
 TINY_DIT = TINY_ASSETS / "mochi_video_tiny_dit.safetensors"
@@ -61,13 +66,21 @@ def load_dit(
 
     Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
     """
+    config, statistics, tensors = read_dit(path, dtype)
+    network = AsymmDiT(config, operations=operations, device="meta")
+    fill(network, tensors, str(path))
+    return network.eval(), statistics
+
+
+def read_dit(path: str | Path, dtype: torch.dtype | None) -> tuple[DiTConfig, LatentStatistics, Tensors]:
+    """The architecture, latent statistics and tensors of a DiT file, for whoever builds the network.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
+    """
     checkpoint = Checkpoint(path)
     prefix = layouts.find(checkpoint, layouts.DIT)
     config = dit_config(checkpoint)
-    statistics = _statistics(checkpoint, config.latent_channels)
-    network = AsymmDiT(config, operations=operations, device="meta")
-    fill(network, checkpoint.tensors(prefix, dtype), str(path))
-    return network.eval(), statistics
+    return config, _statistics(checkpoint, config.latent_channels), checkpoint.tensors(prefix, dtype)
 
 
 def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn) -> VAE:
@@ -121,15 +134,23 @@ def load_t5(path: str | Path, *, dtype: torch.dtype | None = None) -> T5EncoderM
 
     Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
     """
-    checkpoint = Checkpoint(path)
-    prefix = layouts.find(checkpoint, layouts.T5)
-    network = empty_t5(text_config(checkpoint))
-    tensors = checkpoint.tensors(prefix, dtype)
-    # The one embedding has two names in this class; files hold either or both.
-    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    fill(network, tensors, str(path))
+    config, tensors = read_t5(path, dtype)
+    network = empty_t5(config)
+    fill(network, {**tensors, T5_SECOND_NAME: tensors["shared.weight"]}, str(path))
     network.tie_weights()
     return network.eval()
+
+
+def read_t5(path: str | Path, dtype: torch.dtype | None) -> tuple[TextConfig, Tensors]:
+    """The architecture and tensors of a T5 file, its one embedding under its first name only.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
+    """
+    checkpoint = Checkpoint(path)
+    prefix = layouts.find(checkpoint, layouts.T5)
+    tensors = checkpoint.tensors(prefix, dtype)
+    tensors.pop(T5_SECOND_NAME, None)
+    return text_config(checkpoint), tensors
 
 
 def load_tiny_tokenizer() -> Tokenizer:
