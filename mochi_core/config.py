@@ -109,14 +109,14 @@ class DiTConfig:
 
     @property
     def visual_mlp_dim(self) -> int:
-        return _gated_mlp_dim(self.visual_dim, self.visual_mlp_ratio)
+        return gated_mlp_dim(self.visual_dim, self.visual_mlp_ratio)
 
     @property
     def text_mlp_dim(self) -> int:
-        return _gated_mlp_dim(self.text_dim, self.text_mlp_ratio)
+        return gated_mlp_dim(self.text_dim, self.text_mlp_ratio)
 
 
-def _gated_mlp_dim(dim: int, ratio: float) -> int:
+def gated_mlp_dim(dim: int, ratio: float) -> int:
     """Two thirds of `dim * ratio` (a gated MLP has three matrices instead of two), rounded up to 256."""
     inner = int(2 * int(dim * ratio) / 3)
     return -(-inner // MLP_MULTIPLE) * MLP_MULTIPLE

@@ -39,5 +39,9 @@ class WeightsError(MochiError):
     """A weight file that is missing, broken, or of another model."""
 
 
+class LoraError(MochiError):
+    """A LoRA that belongs to another model, or to none."""
+
+
 class KernelError(MochiError):
     """An attention kernel that does not exist or cannot run here."""

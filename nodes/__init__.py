@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .conditioning import MochiVideoTextEncode
 from .decoding import MochiVideoDecode, MochiVideoEncode
 from .loading import MochiVideoDiTLoader, MochiVideoT5Loader, MochiVideoVAELoader
+from .lora import MochiVideoLoraLoader, MochiVideoLoraStack
 from .sampling import MochiVideoGuider, MochiVideoSampler
 from .schedule import MochiVideoSigmas
 from .size import MochiVideoSize
@@ -13,6 +14,8 @@ NODES: list[type[io.ComfyNode]] = [
     MochiVideoT5Loader,
     MochiVideoDiTLoader,
     MochiVideoVAELoader,
+    MochiVideoLoraLoader,
+    MochiVideoLoraStack,
     MochiVideoTextEncode,
     MochiVideoSize,
     MochiVideoSigmas,

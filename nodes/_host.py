@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -17,9 +19,13 @@ from comfy_api.latest import io
 
 from mochi_core.errors import MochiError, WeightsError
 from mochi_core.sampling.schedule import SigmaSchedule
+from mochi_core.text.tokenizer import TOKENIZER_NAMES
 from mochi_core.weights.build import TINY_NAME
 
 log = logging.getLogger("mochi_video")
+
+# The choice of no LoRA.
+NO_LORA = "none"
 
 # How many options an error lists.
 OPTIONS_SHOWN = 12
@@ -89,18 +95,70 @@ def valid_file(name: str, value: str | None, folders: Sequence[str]) -> bool | s
     )
 
 
+def valid_lora(name: str, value: str | None, folders: Sequence[str]) -> bool | str:
+    """The same for a LoRA, of which none comes with the pack; `none` is no LoRA."""
+    if value in (None, NO_LORA) or value in file_names(folders):
+        return True
+    places = ", ".join(f"models/{folder}" for folder in folders)
+    return f"{name} is {value!r}: there is no such file in {places}. Put it there and reload the page."
+
+
 # Model files
 
 
+# What the host does not list as models: GGUF files, and the files that make a folder one.
+OTHER_FILES = {".gguf", ".json", ".model"}
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+def _other_files(folder: str) -> list[str]:
+    """Files of a model folder with endings that the host does not look for, through the host's cached listing."""
+    key = f"mochi_video_{folder}"
+    folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), OTHER_FILES)
+    return folder_paths.get_filename_list(key)
+
+
+def _weight_folders(others: Sequence[str]) -> list[str]:
+    """Folders with weights, by the config or index that diffusers and transformers write into them."""
+    marks = ("config.json", ".index.json", "model_index.json")
+    found = [str(Path(name).parent) for name in others if name.endswith(marks)]
+    return [f"{name}/" for name in dict.fromkeys(found) if name != "."]
+
+
 def model_names(folders: Sequence[str]) -> list[str]:
-    """What a loader offers: the embedded checkpoint, then the files of the host's model folders, each once."""
-    names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return [TINY_NAME, *dict.fromkeys(names)]
+    """What a loader offers: the embedded checkpoint, then the files of the host's model folders, each once.
+
+    Folders of shards end in a slash; the shards themselves are not offered.
+    """
+    return [TINY_NAME, *file_names(folders)]
+
+
+def file_names(folders: Sequence[str]) -> list[str]:
+    """The same without the embedded checkpoint."""
+    names: list[str] = []
+    for folder in folders:
+        others = _other_files(folder)
+        names += [name for name in folder_paths.get_filename_list(folder) if not SHARD.search(name)]
+        names += [name for name in others if name.endswith(".gguf")]
+        names += _weight_folders(others)
+    return list(dict.fromkeys(names))
+
+
+def tokenizer_names(folders: Sequence[str]) -> list[str]:
+    """The tokenizers that lie in model folders."""
+    others = [name for folder in folders for name in _other_files(folder)]
+    return list(dict.fromkeys(name for name in others if Path(name).name in TOKENIZER_NAMES))
 
 
 def model_path(name: str, folders: Sequence[str]) -> str:
-    """Where the file called `name` lies. Raises `WeightsError` when no folder has it."""
+    """Where the file or folder called `name` lies. Raises `WeightsError` when no model folder has it."""
     for folder in folders:
+        if name.endswith("/"):
+            for root in map(Path, folder_paths.get_folder_paths(folder)):
+                path = (root / name).resolve()
+                if path.is_dir() and path.is_relative_to(root.resolve()):
+                    return str(path)
+            continue
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return path
@@ -109,6 +167,19 @@ def model_path(name: str, folders: Sequence[str]) -> str:
         f"it must lie in one of the host's model folders: {', '.join(folders)}",
         f"Put it there and reload the page, or choose {TINY_NAME}, which comes with this pack",
     )
+
+
+def stamp(names: Iterable[str | None], folders: Sequence[str]) -> str:
+    """Changes when one of these files does: what a loader is cached by. A linked value is None."""
+    stamps = []
+    for name in names:
+        try:
+            path = Path(model_path(name, folders)) if name and name not in (TINY_NAME, "auto", "none") else None
+            held = sorted(path.iterdir()) if path is not None and path.is_dir() else [path] if path else []
+            stamps += [f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}" for file in held]
+        except (MochiError, OSError) as error:
+            stamps.append(str(error))
+    return " ".join(stamps)
 
 
 # Devices

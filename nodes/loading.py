@@ -5,13 +5,15 @@ from comfy_api.latest import io
 from mochi_core.weights.build import TINY_DIT, TINY_NAME, TINY_T5, TINY_TOKENIZER, TINY_VAE
 
 from . import _host
-from .native_clip import HOST_TOKENIZER, load_clip
+from .native_clip import HOST_TOKENIZER, load_clip, tokenizer_beside
 from .native_dit import MEMORY, load_model
 from .native_vae import load_native_vae
 
-T5_FOLDERS = ("text_encoders",)
+# An all-in-one checkpoint serves each loader.
+T5_FOLDERS = ("text_encoders", "checkpoints")
 DIT_FOLDERS = ("diffusion_models", "checkpoints")
-VAE_FOLDERS = ("vae",)
+VAE_FOLDERS = ("vae", "checkpoints")
+AUTO = "auto"
 ATTENTION = ("auto", "sdpa", "reference")
 CATEGORY = "Mochi Video/loaders"
 
@@ -32,23 +34,47 @@ class MochiVideoT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "t5_name",
                     options=_host.model_names(T5_FOLDERS),
-                    tooltip=f"A T5 v1.1 XXL encoder from models/text_encoders. {TINY_NAME} comes with this pack.",
+                    tooltip="A T5 v1.1 XXL encoder from models/text_encoders: safetensors, GGUF, a folder, or a checkpoint "
+                    f"that has one. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
+                _host.advanced(
+                    io.Combo.Input(
+                        "tokenizer",
+                        options=[AUTO, TINY_NAME, *_host.tokenizer_names(T5_FOLDERS)],
+                        default=AUTO,
+                        optional=True,
+                        tooltip="auto: the one in the T5's folder, else the host's own T5 tokenizer. Or a "
+                        "tokenizer.json or spiece.model from models/text_encoders.",
+                    )
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="For Mochi Video Text Encode, or the host's own CLIP Text Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, t5_name: str, dtype: str) -> bool | str:
+    def validate_inputs(cls, t5_name: str, dtype: str, tokenizer: str | None = AUTO) -> bool | str:
         file = _host.valid_file("t5_name", t5_name, T5_FOLDERS)
-        return file if file is not True else _host.valid_choices(dtype=(dtype, _host.DTYPES))
+        if file is not True:
+            return file
+        tokenizers = (AUTO, TINY_NAME, *_host.tokenizer_names(T5_FOLDERS))
+        return _host.valid_choices(dtype=(dtype, _host.DTYPES), tokenizer=(tokenizer, tokenizers))
 
     @classmethod
-    def execute(cls, t5_name: str, dtype: str) -> io.NodeOutput:
-        if t5_name == TINY_NAME:
-            return io.NodeOutput(load_clip(str(TINY_T5), TINY_TOKENIZER, _host.DTYPES[dtype]))
-        return io.NodeOutput(load_clip(_host.model_path(t5_name, T5_FOLDERS), HOST_TOKENIZER, _host.DTYPES[dtype]))
+    def fingerprint_inputs(cls, t5_name: str | None = None, tokenizer: str | None = AUTO, **_: object) -> str:
+        return _host.stamp((t5_name, tokenizer), T5_FOLDERS)
+
+    @classmethod
+    def execute(cls, t5_name: str, dtype: str, tokenizer: str = AUTO) -> io.NodeOutput:
+        is_tiny = t5_name == TINY_NAME
+        path = str(TINY_T5) if is_tiny else _host.model_path(t5_name, T5_FOLDERS)
+        if tokenizer == TINY_NAME or (is_tiny and tokenizer == AUTO):
+            tokens = TINY_TOKENIZER
+        elif tokenizer == AUTO:
+            tokens = tokenizer_beside(path) or HOST_TOKENIZER
+        else:
+            tokens = _host.model_path(tokenizer, T5_FOLDERS)
+        return io.NodeOutput(load_clip(path, tokens, _host.DTYPES[dtype]))
 
 
 class MochiVideoDiTLoader(io.ComfyNode):
@@ -63,7 +89,8 @@ class MochiVideoDiTLoader(io.ComfyNode):
                 io.Combo.Input(
                     "dit_name",
                     options=_host.model_names(DIT_FOLDERS),
-                    tooltip=f"A Mochi DiT from models/diffusion_models. {TINY_NAME} comes with this pack.",
+                    tooltip="A Mochi DiT from models/diffusion_models or an all-in-one from models/checkpoints: safetensors, "
+                    f"GGUF or a diffusers folder. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
                 _host.advanced(
@@ -97,6 +124,10 @@ class MochiVideoDiTLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, dit_name: str | None = None, **_: object) -> str:
+        return _host.stamp((dit_name,), DIT_FOLDERS)
+
+    @classmethod
     def execute(cls, dit_name: str, dtype: str, attention: str, memory: str) -> io.NodeOutput:
         path = str(TINY_DIT) if dit_name == TINY_NAME else _host.model_path(dit_name, DIT_FOLDERS)
         return io.NodeOutput(load_model(path, _host.DTYPES[dtype], attention, memory))
@@ -114,7 +145,8 @@ class MochiVideoVAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "vae_name",
                     options=_host.model_names(VAE_FOLDERS),
-                    tooltip=f"A Mochi VAE from models/vae: decoder, encoder or both. {TINY_NAME} comes with this pack.",
+                    tooltip="A Mochi VAE from models/vae: decoder, encoder or both, or a checkpoint that has it. "
+                    f"{TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("The precision to compute in. auto: what the host prefers on this device."),
             ],
@@ -125,6 +157,10 @@ class MochiVideoVAELoader(io.ComfyNode):
     def validate_inputs(cls, vae_name: str, dtype: str) -> bool | str:
         file = _host.valid_file("vae_name", vae_name, VAE_FOLDERS)
         return file if file is not True else _host.valid_choices(dtype=(dtype, _host.DTYPES))
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str | None = None, **_: object) -> str:
+        return _host.stamp((vae_name,), VAE_FOLDERS)
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:

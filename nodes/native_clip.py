@@ -18,11 +18,12 @@ import torch
 from mochi_core.config import TextConfig
 from mochi_core.errors import ConditioningError, ConfigError
 from mochi_core.text.conditioning import warn_of_cut
-from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, Tokenizer, Tokens
-from mochi_core.weights.build import read_t5
-from mochi_core.weights.checkpoint import fill
+from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, TOKENIZER_NAMES, Tokenizer, Tokens, read_tokenizer
+from mochi_core.weights.build import open_t5
+from mochi_core.weights.formats import plain
 
 from . import _host
+from .native_weights import fill_native, quantized_options, wanted, weight_dtype
 
 CLIP_NAME = "t5xxl"
 NULL_PROMPT = [(PAD_ID, 1.0)] * MAX_TOKENS
@@ -151,9 +152,21 @@ class _Target:
         self.params: dict[str, Any] = {}
 
 
+def tokenizer_beside(path: str) -> Path | None:
+    """The tokenizer that belongs to a T5 folder: in it, or in `tokenizer` beside it as diffusers has it."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if any((place / name).is_file() for name in TOKENIZER_NAMES):
+            return place
+    return None
+
+
 def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
     """The host's CLIP object around the T5 of a file. Raises `MochiError` kinds on a bad file."""
-    config, tensors = read_t5(path, dtype)
+    file = open_t5(path)
+    config = file.config
     fixed = (config.relative_attention_num_buckets, config.relative_attention_max_distance, config.feed_forward_proj)
     if fixed != (32, 128, "gated-gelu"):
         raise ConfigError(
@@ -161,14 +174,25 @@ def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) 
             "the host's T5 has 32 buckets to distance 128 and gated-gelu layers",
             "Use a T5 v1.1 encoder",
         )
+    tokenizer = read_tokenizer(tokenizer_path)
+    largest = max(tokenizer.vocabulary().values())
+    if largest >= config.vocab_size:
+        raise ConditioningError(
+            f"The tokenizer {tokenizer_path} has token {largest}",
+            f"this T5 knows {config.vocab_size}",
+            "Choose the tokenizer that belongs to it",
+        )
+    weights = wanted(file.entries, dtype)
+    weights["shared.weight"] = plain(weights["shared.weight"])
     # Built on the CPU whatever the host would choose: the file's tensors become the parameters.
-    options = {"dtype": tensors["shared.weight"].dtype, "initial_device": torch.device("cpu")}
+    held = weight_dtype(weights) or torch.bfloat16
+    options = {"dtype": held, "initial_device": torch.device("cpu"), **quantized_options(weights)}
     clip = comfy.sd.CLIP(
-        _Target(config, Tokenizer.from_path(tokenizer_path)),
+        _Target(config, tokenizer),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options=options,
     )
-    fill(clip.cond_stage_model.t5xxl.transformer, tensors, path)
+    fill_native(clip.cond_stage_model.t5xxl.transformer, weights)
     return clip
 
 

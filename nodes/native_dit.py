@@ -5,6 +5,7 @@ from typing import Any
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
@@ -16,12 +17,24 @@ from mochi_core.dit import AsymmDiT
 from mochi_core.dit.block import AsymmetricJointBlock
 from mochi_core.errors import ConditioningError
 from mochi_core.latents import MOCHI_1_STATISTICS, LatentStatistics
-from mochi_core.weights.build import read_dit
-from mochi_core.weights.checkpoint import fill
+from mochi_core.weights.build import open_dit
+from mochi_core.weights.formats import FLOAT8
+from mochi_core.weights.lora import attached, branches
 
 from . import _host
+from .native_weights import (
+    describe_scales,
+    fill_native,
+    has_scales,
+    is_mixed,
+    loads_on_meta,
+    wanted,
+    weight_dtype,
+)
 
 MEMORY = ("auto", "resident", "streamed")
+# Where a model's options keep the LoRAs that work beside its weights: pairs of a LoRA and its strength.
+LORAS = "mochi_video_loras"
 
 
 class NativeDiT(AsymmDiT):
@@ -29,7 +42,8 @@ class NativeDiT(AsymmDiT):
 
     def __init__(self, config: DiTConfig, dtype: torch.dtype, operations: Any, **_: Any):
         # On the meta device whatever the host says: the file's tensors become the parameters.
-        super().__init__(config, operations=operations, dtype=dtype, device="meta")
+        device = "meta" if loads_on_meta(operations) else "cpu"
+        super().__init__(config, operations=operations, dtype=dtype, device=device)
         self.dtype = dtype
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -75,7 +89,8 @@ class NativeDiT(AsymmDiT):
             out = replacement(arguments, {"original_block": original})
             return out["img"], out["txt"]
 
-        return -super().forward(x, timestep, context, attention_mask, run_block=run_block)
+        with attached(self, branches(transformer_options.get(LORAS, ()))):
+            return -super().forward(x, timestep, context, attention_mask, run_block=run_block)
 
 
 class MochiLatents(comfy.latent_formats.Mochi):
@@ -143,15 +158,20 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     get_kernel(attention, load_device, torch.float32)
 
-    config, statistics, tensors = read_dit(path, dtype)
-    weight_dtype = tensors["t5_yproj.weight"].dtype
-    supported = MochiSupported(config, statistics)
-    cast = management.unet_manual_cast(weight_dtype, load_device, supported.supported_inference_dtypes)
+    file = open_dit(path)
+    weights = wanted(file.entries, dtype)
+    supported = MochiSupported(file.config, file.statistics)
+    describe_scales(supported, weights)
+    stored = weight_dtype(weights)
+    if is_mixed(weights) and stored not in FLOAT8.values() and not has_scales(weights):
+        supported.custom_operations = comfy.ops.manual_cast
+    held = stored or management.unet_dtype(load_device, supported_dtypes=supported.supported_inference_dtypes)
+    cast = management.unet_manual_cast(stored, load_device, supported.supported_inference_dtypes)
     set_dtype = supported.set_inference_dtype
-    set_dtype(weight_dtype, cast, **_host.known_arguments(set_dtype, device=load_device))
+    set_dtype(held, cast, **_host.known_arguments(set_dtype, device=load_device))
 
     model = MochiModel(supported, memory)
-    fill(model.diffusion_model, tensors, path)
+    fill_native(model.diffusion_model, weights)
     for block in model.diffusion_model.blocks:
         block.attn.joint = PlainJointAttention(attention)
     patcher = _host.patcher(model, load_device, offload_device)

@@ -1,5 +1,7 @@
-"""Networks from files: the architecture from the metadata, built on the meta device, filled with mapped tensors."""
+"""Networks from files: the architecture from metadata or shapes, built on the meta device, filled with mapped tensors."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -9,17 +11,16 @@ import torch
 from torch import nn
 from transformers import T5EncoderModel
 
-from ..config import MOCHI_1, DiTConfig, TextConfig, VAEConfig
+from ..config import DiTConfig, TextConfig, VAEConfig
 from ..dit import AsymmDiT
 from ..errors import WeightsError
 from ..latents import LatentStatistics
 from ..text.t5 import empty_t5
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer, read_tokenizer
 from ..vae import Decoder, Encoder
-from . import layouts
-from .checkpoint import Checkpoint, fill, listing
-
-Tensors = dict[str, torch.Tensor]
+from . import architecture, formats, layouts
+from .checkpoint import Checkpoint, check_floating, check_names, fill, listing
+from .formats import Entry
 
 # The T5's embedding has two names in transformers; files hold the first, or both.
 T5_SECOND_NAME = "encoder.embed_tokens.weight"
@@ -31,6 +32,27 @@ TINY_VAE = TINY_ASSETS / "mochi_video_tiny_vae.safetensors"
 TINY_T5 = TINY_ASSETS / "mochi_video_tiny_t5.safetensors"
 TINY_TOKENIZER = TINY_ASSETS / "tokenizer.json"
 
+Entries = dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class DiTFile:
+    """What a file says of a DiT. `entries` are its weights in our names, each of them checked, none read."""
+
+    path: str
+    config: DiTConfig
+    statistics: LatentStatistics
+    entries: Entries
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """What a file says of a T5 encoder, its one embedding under its first name only."""
+
+    path: str
+    config: TextConfig
+    entries: Entries
+
 
 @dataclass(frozen=True)
 class VAE:
@@ -41,80 +63,187 @@ class VAE:
     statistics: LatentStatistics
 
 
-def dit_config(checkpoint: Checkpoint) -> DiTConfig:
-    """The DiT architecture that the file's metadata gives; none means the released one."""
-    values = checkpoint.json_metadata("config")
-    return MOCHI_1.dit if values is None else DiTConfig.from_metadata(values)
+# DiT
 
 
-def vae_config(checkpoint: Checkpoint) -> VAEConfig:
-    """The VAE architecture that the file's metadata gives; none means the released one."""
-    values = checkpoint.json_metadata("config")
-    return MOCHI_1.vae if values is None else VAEConfig.from_metadata(values)
+def open_dit(path: str | Path) -> DiTFile:
+    """The DiT of a file or folder, for whoever builds the network.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken, incomplete or of another model.
+    """
+    checkpoint = Checkpoint(path)
+    entries = layouts.read(checkpoint, layouts.find(checkpoint, layouts.DIT))
+    config = checked_dit(checkpoint, entries)
+    return DiTFile(str(path), config, _statistics(checkpoint, config.latent_channels), entries)
 
 
-def text_config(checkpoint: Checkpoint) -> TextConfig:
-    """The T5 architecture that the file's metadata gives; none means T5 v1.1 XXL's encoder."""
-    values = checkpoint.json_metadata("config")
-    return MOCHI_1.text if values is None else TextConfig.from_metadata(values)
+def checked_dit(checkpoint: Checkpoint, entries: Entries) -> DiTConfig:
+    """The architecture of the file's DiT, from metadata or shapes. Raises unless every weight of it is there."""
+    source, values = str(checkpoint.path), own_config(checkpoint)
+    config = architecture.dit_from(shapes_of(entries), source) if values is None else DiTConfig.from_metadata(values)
+    check(AsymmDiT(config, device="meta"), entries, source)
+    return config
 
 
 def load_dit(
-    path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_quantized: bool = True,
+    operations: ModuleType | Any = nn,
 ) -> tuple[AsymmDiT, LatentStatistics]:
-    """The DiT of a file, on the CPU, in the file's dtype unless `dtype` says otherwise.
+    """The DiT of a file or folder, on the CPU.
 
-    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
+    It computes in `dtype`: by default that of the file, or bfloat16 when the file is quantised. Quantised linear
+    layers stay as they are stored and become floats at each use; with `keep_quantized` off they are turned into
+    `dtype` once.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken, incomplete or of another model.
     """
-    config, statistics, tensors = read_dit(path, dtype)
-    network = AsymmDiT(config, operations=operations, device="meta")
-    fill(network, tensors, str(path))
-    return network.eval(), statistics
+    file = open_dit(path)
+    network = AsymmDiT(file.config, operations=operations, device="meta")
+    _fill(network, file.entries, file.path, dtype, keep_quantized)
+    return network.eval(), file.statistics
 
 
-def read_dit(path: str | Path, dtype: torch.dtype | None) -> tuple[DiTConfig, LatentStatistics, Tensors]:
-    """The architecture, latent statistics and tensors of a DiT file, for whoever builds the network.
-
-    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
-    """
-    checkpoint = Checkpoint(path)
-    prefix = layouts.find(checkpoint, layouts.DIT)
-    config = dit_config(checkpoint)
-    return config, _statistics(checkpoint, config.latent_channels), checkpoint.tensors(prefix, dtype)
+# VAE
 
 
 def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn) -> VAE:
-    """The VAE halves that a file holds, on the CPU, in the file's dtype unless `dtype` says otherwise.
+    """The VAE halves that a file or folder holds, on the CPU, in the file's dtype unless `dtype` says otherwise.
 
     Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
     """
     checkpoint = Checkpoint(path)
-    if layouts.ENCODER.prefix_in(checkpoint.names) is None:
-        layouts.find(checkpoint, layouts.DECODER)
-    config = vae_config(checkpoint)
-    modules = {
-        prefix: network(config, operations=operations, device="meta").eval()
-        for prefix, network in _vae_halves(checkpoint).items()
-    }
-    strangers = [name for name in checkpoint.names if not name.startswith(tuple(modules))]
+    decoder = _half(checkpoint, layouts.DECODER)
+    encoder = _half(checkpoint, layouts.ENCODER)
+    if encoder is None and decoder is None:
+        layouts.find(checkpoint, layouts.DECODER)  # raises
+    _refuse_strangers(checkpoint)
+    config = checked_vae(checkpoint, decoder, encoder)
+    networks: list[Any] = []
+    for kind, entries in ((Decoder, decoder), (Encoder, encoder)):
+        network = None if entries is None else kind(config, operations=operations, device="meta").eval()
+        if network is not None and entries is not None:
+            _fill(network, entries, str(path), dtype, keep_quantized=False)
+        networks.append(network)
+    return VAE(*networks, _statistics(checkpoint, config.latent_channels))
+
+
+def checked_vae(checkpoint: Checkpoint, decoder: Entries | None, encoder: Entries | None) -> VAEConfig:
+    """The architecture of the file's VAE, from metadata or shapes. Raises unless every weight of its halves is there."""
+    source, values = str(checkpoint.path), own_config(checkpoint)
+    if values is None:
+        config = architecture.vae_from(*(None if h is None else shapes_of(h) for h in (decoder, encoder)), source)
+    else:
+        config = VAEConfig.from_metadata(values)
+    for kind, entries in ((Decoder, decoder), (Encoder, encoder)):
+        if entries is not None:
+            check(kind(config, device="meta"), entries, source)
+    return config
+
+
+def _half(checkpoint: Checkpoint, part: layouts.Part) -> Entries | None:
+    found = part.found_in(checkpoint.names)
+    return None if found is None else layouts.read(checkpoint, found)
+
+
+def _refuse_strangers(checkpoint: Checkpoint) -> None:
+    """A VAE file has nothing beside the VAE; one that holds the other networks too may have what it likes."""
+    found = {part: part.found_in(checkpoint.names) for part in layouts.PARTS}
+    if found[layouts.DIT] is not None or found[layouts.T5] is not None:
+        return
+    for part, prefix in ((layouts.DECODER, "decoder."), (layouts.ENCODER, "encoder.")):
+        if found[part] is None and any(name.startswith(prefix) for name in checkpoint.names):
+            layouts.find(checkpoint, part)  # raises: the half is there, but not the names it is known by
+    halves = [half for half in (found[layouts.DECODER], found[layouts.ENCODER]) if half is not None]
+    strangers = [name for name in checkpoint.names if not any(half.owns(name) for half in halves)]
     if strangers:
         raise WeightsError(
-            f"{path} holds tensors of no half of the VAE: {listing('unknown', strangers)}",
-            f"a combined file has only {' and '.join(modules)}",
+            f"{checkpoint.path} holds tensors of no half of the VAE: {listing('unknown', strangers)}",
+            f"a combined file has only {' and '.join(half.prefix or half.part.title for half in halves)}",
             "Choose the file that belongs here",
         )
-    for prefix, module in modules.items():
-        fill(module, checkpoint.tensors(prefix, dtype), str(path))
-    halves = {type(module): module for module in modules.values()}
-    statistics = _statistics(checkpoint, config.latent_channels)
-    return VAE(halves.get(Decoder), halves.get(Encoder), statistics)  # pyright: ignore[reportArgumentType]
 
 
-def _vae_halves(checkpoint: Checkpoint) -> dict[str, type[nn.Module]]:
-    """Which networks a VAE file is for, by their prefix: prefixed halves, or one bare half."""
-    prefixed = {"decoder.": Decoder, "encoder.": Encoder}
-    found = {p: n for p, n in prefixed.items() if any(name.startswith(p) for name in checkpoint.names)}
-    return found or {"": Decoder if layouts.DECODER.prefix_in(checkpoint.names) is not None else Encoder}
+# T5
+
+
+def open_t5(path: str | Path) -> TextFile:
+    """The T5 encoder of a file or folder, for whoever builds the network.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken, incomplete or of another model.
+    """
+    checkpoint = Checkpoint(path)
+    entries = layouts.read(checkpoint, layouts.find(checkpoint, layouts.T5))
+    return TextFile(str(path), checked_t5(checkpoint, entries), entries)
+
+
+def checked_t5(checkpoint: Checkpoint, entries: Entries) -> TextConfig:
+    """The architecture of the file's T5, from metadata or shapes. Raises unless every weight of its encoder is there."""
+    source, values = str(checkpoint.path), own_config(checkpoint)
+    config = architecture.text_from(shapes_of(entries), source) if values is None else TextConfig.from_metadata(values)
+    both = entries | ({T5_SECOND_NAME: entries["shared.weight"]} if "shared.weight" in entries else {})
+    check(empty_t5(config), both, source)
+    return config
+
+
+def load_t5(
+    path: str | Path, *, dtype: torch.dtype | None = None, keep_quantized: bool = True
+) -> T5EncoderModel:
+    """The T5 encoder of a file or folder, on the CPU; `dtype` and `keep_quantized` as for `load_dit`.
+
+    Raises `WeightsError` or `ConfigError` when the file is broken, incomplete or of another model.
+    """
+    file = open_t5(path)
+    network = empty_t5(file.config)
+    dtype = dtype or compute_dtype(file.entries)
+    embedding = formats.plain(file.entries["shared.weight"].load(), dtype)
+    both = dict.fromkeys(("shared.weight", T5_SECOND_NAME), Entry(tuple(embedding.shape), "", lambda: embedding))
+    _fill(network, file.entries | both, file.path, dtype, keep_quantized)
+    network.tie_weights()
+    return network.eval()
+
+
+def load_tiny_tokenizer() -> Tokenizer:
+    """The embedded checkpoint's tokenizer."""
+    return read_tokenizer(TINY_TOKENIZER)
+
+
+# What they share
+
+
+def shapes_of(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in entries.items()}
+
+
+def check(network: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
+    """Raises `WeightsError` unless the weights have exactly the names and shapes of `network`, and are floats."""
+    check_names(network, shapes_of(entries), source)
+    check_floating({name: entry.kind for name, entry in entries.items()}, source)
+
+
+def compute_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+    """What to compute in when nobody says: the dtype that most weights have, or bfloat16 for quantised ones."""
+    plain = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    sizes: dict[str, int] = {}
+    for entry in entries.values():
+        sizes[entry.kind] = sizes.get(entry.kind, 0) + math.prod(entry.shape)
+    return plain.get(max(sizes, key=lambda kind: sizes[kind]), torch.bfloat16)
+
+
+def _fill(
+    network: nn.Module, entries: Mapping[str, Entry], source: str, dtype: torch.dtype | None, keep_quantized: bool
+) -> None:
+    dtype = dtype or compute_dtype(entries)
+    fill(network, {name: entry.load() for name, entry in entries.items()}, source, dtype, keep_quantized)
+
+
+def own_config(checkpoint: Checkpoint) -> Any | None:
+    """The `config` in a file's metadata, when the file holds one part only: of several it would describe one."""
+    held = {part.title for part in layouts.PARTS if part.found_in(checkpoint.names) is not None}
+    one_vae = held == {layouts.DECODER.title, layouts.ENCODER.title}
+    return checkpoint.json_metadata("config") if len(held) == 1 or one_vae else None
 
 
 def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics:
@@ -127,32 +256,3 @@ def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics:
             "Get the file again",
         )
     return statistics
-
-
-def load_t5(path: str | Path, *, dtype: torch.dtype | None = None) -> T5EncoderModel:
-    """The T5 encoder of a file, on the CPU, in the file's dtype unless `dtype` says otherwise.
-
-    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
-    """
-    config, tensors = read_t5(path, dtype)
-    network = empty_t5(config)
-    fill(network, {**tensors, T5_SECOND_NAME: tensors["shared.weight"]}, str(path))
-    network.tie_weights()
-    return network.eval()
-
-
-def read_t5(path: str | Path, dtype: torch.dtype | None) -> tuple[TextConfig, Tensors]:
-    """The architecture and tensors of a T5 file, its one embedding under its first name only.
-
-    Raises `WeightsError` or `ConfigError` when the file is broken or of another model.
-    """
-    checkpoint = Checkpoint(path)
-    prefix = layouts.find(checkpoint, layouts.T5)
-    tensors = checkpoint.tensors(prefix, dtype)
-    tensors.pop(T5_SECOND_NAME, None)
-    return text_config(checkpoint), tensors
-
-
-def load_tiny_tokenizer() -> Tokenizer:
-    """The embedded checkpoint's tokenizer."""
-    return Tokenizer.from_path(TINY_TOKENIZER)

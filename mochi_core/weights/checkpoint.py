@@ -1,4 +1,4 @@
-"""Reading safetensors files without copying them: tensors are views of the mapped file until someone changes them."""
+"""A weight file as the loaders see it, whatever its format: its metadata and its weights, read when asked for."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,41 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import WeightsError
+from . import files, formats
+from .formats import Entry, Weight
+from .quantized import QuantizedLinear
 
 # How many names an error lists before it counts the rest.
 NAMES_SHOWN = 8
 
 
 class Checkpoint:
-    """An open safetensors file: its tensor names, its metadata, its tensors on demand."""
+    """An open file or folder: `entries` are its weights by name, each with its shape, none of them read yet."""
 
     def __init__(self, path: str | Path):
-        """Opens and checks the header. Raises `WeightsError` when `path` is no readable safetensors file."""
+        """Opens and checks the header. Raises `WeightsError` when `path` is nothing that holds weights."""
         self.path = Path(path)
-        if not self.path.is_file():
-            raise WeightsError(
-                f"{self.path} does not exist or is no file",
-                "a weight file must be a safetensors file",
-                "Check the path, or download the file again",
-            )
-        try:
-            self._file = safe_open(self.path, framework="pt")
-            self.names = tuple(self._file.keys())
-            self.metadata: Mapping[str, str] = self._file.metadata() or {}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(
-                f"{self.path} ({self.path.stat().st_size} bytes) cannot be read: {error}",
-                "a weight file must be a whole safetensors file",
-                "It may be truncated or of another format: download it again",
-            ) from error
+        reader = files.opened(self.path)
+        self.metadata: Mapping[str, str] = reader.metadata
+        self.entries: dict[str, Entry] = formats.entries(reader, str(self.path))
+        self.names = tuple(self.entries)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, mapped from the file."""
-        return self._file.get_tensor(name)
+    def tensor(self, name: str) -> Weight:
+        """The weight called `name`, as it is stored; plain ones are mapped from the file."""
+        return self.entries[name].load()
 
     def json_metadata(self, name: str) -> Any | None:
         """A metadata value parsed as JSON, None when absent. Raises `WeightsError` when it is not JSON."""
@@ -48,35 +38,49 @@ class Checkpoint:
             return None
         try:
             return json.loads(self.metadata[name])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WeightsError(
                 f"{self.path}: the metadata {name!r} cannot be read ({error})", "it must be JSON", "Download it again"
             ) from error
 
-    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """All tensors whose name starts with `prefix`, by the rest of their name; cast only if `dtype` differs."""
-        return {
-            name[len(prefix) :]: self.tensor(name).to(dtype) if dtype else self.tensor(name)
-            for name in self.names
-            if name.startswith(prefix)
-        }
 
+def fill(
+    module: nn.Module,
+    weights: Mapping[str, Weight],
+    source: str,
+    dtype: torch.dtype | None = None,
+    keep_quantized: bool = True,
+) -> None:
+    """Makes `weights` the parameters of `module` (usually on the meta device), without copying.
 
-def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Makes `tensors` the parameters of `module` (usually on the meta device), without copying.
+    Plain weights are cast if `dtype` differs. With `keep_quantized`, linear layers whose weight is quantised are
+    replaced by `QuantizedLinear`; every other quantised weight is turned into floats.
 
     Raises `WeightsError` that names every kind of mismatch: missing, unknown and mis-shaped. `source` is for it.
     """
-    check_names(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    whole_numbers = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
-    if whole_numbers:
-        raise WeightsError(
-            f"{source} has weights that are whole numbers: {listing('such', whole_numbers)}",
-            "weights must be floating point",
-            "It may be packed by a quantiser this version does not read: get the file unpacked",
-        )
-    module.load_state_dict(tensors, assign=True)
+    check_names(module, {name: tuple(weight.shape) for name, weight in weights.items()}, source)
+    check_floating({name: formats.kind_of(weight) for name, weight in weights.items()}, source)
+    kept = {
+        name: weight
+        for name, weight in weights.items()
+        if keep_quantized
+        and name.endswith(".weight")
+        and formats.is_quantized(weight)
+        and isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear)
+    }
+    plain = {name: formats.plain(weight, dtype) for name, weight in weights.items() if name not in kept}
+    for name, weight in kept.items():
+        layer_name = name.removesuffix(".weight")
+        bias = plain.pop(f"{layer_name}.bias", None)
+        replace(module, layer_name, QuantizedLinear(weight, bias))
+    module.load_state_dict(plain, assign=True, strict=not kept)
     module.requires_grad_(False)
+
+
+def replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts `layer` in the place of the submodule called `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, layer)
 
 
 def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -100,6 +104,17 @@ def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source
             f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}",
             "a file must hold every tensor of the model, in its shape, and no others",
             "Choose the file that belongs here; if it is the right one, it is incomplete: download it again",
+        )
+
+
+def check_floating(kinds: Mapping[str, str], source: str) -> None:
+    """Raises `WeightsError` when a weight is of a type that no format of floats has. `kinds` are `Entry.kind`."""
+    whole_numbers = [name for name, kind in kinds.items() if kind[:1] in "UI" and kind[1:].isdigit()]
+    if whole_numbers:
+        raise WeightsError(
+            f"{source} has weights that are whole numbers: {listing('such', whole_numbers)}",
+            "weights must be floating point",
+            "It may be packed by a quantiser this version does not read: get the file unpacked",
         )
 
 

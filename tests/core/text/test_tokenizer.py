@@ -1,7 +1,7 @@
 import pytest
 
 from mochi_core.errors import WeightsError
-from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, Tokenizer
+from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, read_tokenizer
 from mochi_core.weights.build import TINY_ASSETS, TINY_TOKENIZER, load_tiny_tokenizer
 
 LONG = "a red circle moving right " * 1000
@@ -65,7 +65,7 @@ def test_other_scripts_and_symbols_pass(tokenizer):
 
 
 def test_from_a_folder(tokenizer):
-    assert Tokenizer.from_path(TINY_ASSETS).vocabulary() == tokenizer.vocabulary()
+    assert read_tokenizer(TINY_ASSETS).vocabulary() == tokenizer.vocabulary()
     assert tokenizer.vocabulary()["</s>"] == END_ID and tokenizer.vocabulary()["<pad>"] == PAD_ID
 
 
@@ -78,11 +78,11 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content):
         with pytest.raises(
             WeightsError, match=r"tokenizer.json cannot be read as a tokenizer: .*Take the tokenizer that"
         ):
-            Tokenizer.from_path(given)
+            read_tokenizer(given)
 
 
 def test_a_truncated_tokenizer(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(TINY_TOKENIZER.read_bytes()[:2000])
     with pytest.raises(WeightsError, match="cannot be read as a tokenizer"):
-        Tokenizer.from_path(path)
+        read_tokenizer(path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_core.config import MOCHI_1, TINY
+from mochi_core.config import TINY
 from mochi_core.errors import ConfigError, WeightsError
 from mochi_core.latents import MOCHI_1_STATISTICS
 from mochi_core.weights import build
@@ -41,9 +41,10 @@ def refused(part, path, *messages, kind=WeightsError):
 
 class TestEmbeddedFiles:
     def test_the_config_of_each_is_tiny(self):
-        assert build.dit_config(Checkpoint(build.TINY_DIT)) == TINY.dit
-        assert build.vae_config(Checkpoint(build.TINY_VAE)) == TINY.vae
-        assert build.text_config(Checkpoint(build.TINY_T5)) == TINY.text
+        vae = build.load_vae(build.TINY_VAE)
+        assert build.open_dit(build.TINY_DIT).config == TINY.dit
+        assert vae.decoder.config == vae.encoder.config == TINY.vae
+        assert build.open_t5(build.TINY_T5).config == TINY.text
 
     def test_all_load_in_the_dtype_of_the_file(self):
         dit, statistics = build.load_dit(build.TINY_DIT)
@@ -112,10 +113,11 @@ class TestNames:
         t5 = build.load_t5(changed("t5", {"encoder.embed_tokens.weight": embedding.clone()}))
         assert torch.equal(t5.shared.weight, embedding)
 
-    def test_a_file_without_config_is_the_released_model(self, changed):
-        assert build.dit_config(Checkpoint(changed("dit", metadata={"config": None}))) == MOCHI_1.dit
-        assert build.vae_config(Checkpoint(changed("vae", metadata={"config": None}))) == MOCHI_1.vae
-        assert build.text_config(Checkpoint(changed("t5", metadata={"config": None}))) == MOCHI_1.text
+    def test_without_config_the_shapes_tell_the_architecture(self, changed):
+        vae = build.load_vae(changed("vae", metadata={"config": None}))
+        assert build.open_dit(changed("dit", metadata={"config": None})).config == TINY.dit
+        assert vae.decoder.config == vae.encoder.config == TINY.vae
+        assert build.open_t5(changed("t5", metadata={"config": None})).config == TINY.text
 
     def test_a_file_without_statistics_has_the_released_ones(self, changed):
         path = changed("dit", metadata={"latents_mean": None, "latents_std": None})
@@ -219,3 +221,15 @@ def test_weights_that_are_no_floats(changed):
 
 def test_statistics_for_another_number_of_channels(changed):
     refused("dit", changed("dit", metadata={"latents_mean": "[0]", "latents_std": "[1]"}), "1 ")
+
+
+@pytest.mark.parametrize("kept", (1, 2, 3))
+def test_a_file_with_a_part_of_the_layers(changed, kept):
+    gone = {name: None for name in Checkpoint(build.TINY_DIT).names for n in range(kept, 4) if f"blocks.{n}." in name}
+    path = changed("dit", gone, metadata={"config": None})
+    refused("dit", path, rf"ends after block {kept - 1}, .*: the last block of a Mochi DiT does not.*only a part of the")
+
+
+def test_a_file_with_layers_missing_in_between(changed):
+    gone = {name: None for name in Checkpoint(build.TINY_DIT).names if "blocks.1." in name}
+    refused("dit", changed("dit", gone, metadata={"config": None}), r"does not fit AsymmDiT: 18 missing \(blocks.1.")

@@ -16,7 +16,7 @@ VAE = (
 
 
 def holding(*names):
-    return SimpleNamespace(names=names, path=Path("file.safetensors"))
+    return SimpleNamespace(names=names, path=Path("file.safetensors"), metadata={})
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ def holding(*names):
     ],
 )
 def test_a_part_is_known_by_its_names(part, names, prefix):
-    assert layouts.find(holding(*names, "something.else"), part) == prefix
+    assert layouts.find(holding(*names, "something.else"), part).prefix == prefix
 
 
 @pytest.mark.parametrize("names", (DIT, VAE, ("shared.weight", "encoder.final_layer_norm.weight")))
 def test_parts_are_not_mistaken_for_each_other(names):
-    found = [part.title for part in layouts.PARTS if part.prefix_in(names) is not None]
+    found = [part.title for part in layouts.PARTS if part.found_in(names) is not None]
     assert len(found) == (2 if names is VAE else 1)
 
 

@@ -1,0 +1,279 @@
+"""The kinds of file that hold weights, told apart by their content: safetensors, GGUF, torch archives, folders of them.
+
+Each reader has the same face: names, metadata as text, and each tensor's shape, type and data on demand. Nothing in a
+file is trusted: no code in it runs, and no count in it is believed before it was compared with the file's size.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import WeightsError
+from .blocks import Packed
+
+TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+# The parts of a diffusers pipeline, a folder each.
+PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder")
+LARGEST_JSON = 32 << 20
+
+
+class Reader(Protocol):
+    """What a file holds. Shapes are logical, rows first; types are names such as `BF16` or `Q8_0`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def type_name(self, name: str) -> str: ...
+    def tensor(self, name: str) -> torch.Tensor | Packed: ...
+
+
+def opened(path: str | Path) -> Reader:
+    """A reader for a file or folder. Raises `WeightsError` when it is none that this library reads."""
+    path = Path(path)
+    if path.is_dir():
+        return Folder(path)
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} does not exist or is no file",
+            "a weight file must be a safetensors file, a GGUF file or a folder of shards",
+            "Check the path, or download the file again",
+        )
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.name.endswith(".index.json"):
+        return Folder(path.parent)
+    if start == b"GGUF":
+        from .gguf_file import GGUFFile  # needs a package that not every machine has
+
+        return GGUFFile(path)
+    if start.startswith(TORCH_MAGIC):
+        return TorchFile(path)
+    return SafetensorsFile(path)
+
+
+class SafetensorsFile:
+    """A safetensors file; tensors are views of the mapped file."""
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.names = tuple(self._file.keys())
+            self.metadata: Mapping[str, str] = self._file.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(
+                f"{path} ({path.stat().st_size} bytes) cannot be read: {error}",
+                "a weight file must be a whole safetensors file",
+                "It may be truncated or of another format: download it again",
+            ) from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def type_name(self, name: str) -> str:
+        return self._file.get_slice(name).get_dtype()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+class TorchFile:
+    """A torch archive (.pt, .bin, .ckpt), read by torch's restricted unpickler: what wants to run code is refused."""
+
+    def __init__(self, path: Path):
+        read: Callable[..., Any] = torch.load
+        try:
+            try:
+                content = read(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # an archive of the old kind cannot be mapped
+                content = read(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises of every kind
+            raise WeightsError(
+                f"{path} cannot be read without running code from it: {str(error).splitlines()[0][:200]}",
+                "only tensors and plain values are read from torch archives",
+                "Get the file as safetensors, or convert it where you trust it",
+            ) from error
+        tensors, self.metadata = _state_dict(content)
+        self._tensors = {name: t for name, t in tensors.items() if isinstance(name, str) and torch.is_tensor(t)}
+        self.names = tuple(self._tensors)
+        if not self.names:
+            raise WeightsError(f"{path} holds no tensors", "it must be a state dict", "Choose another file")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def type_name(self, name: str) -> str:
+        return TYPE_NAMES.get(self._tensors[name].dtype, str(self._tensors[name].dtype))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+
+TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+
+
+def _state_dict(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, str]]:
+    """The tensors of a saved object, and what stands beside them as metadata (genmo's LoRA archives have `kwargs`)."""
+    if not isinstance(content, Mapping):
+        return {}, {}
+    inner = content.get("state_dict")
+    if not isinstance(inner, Mapping):
+        return content, {}
+    metadata: dict[str, str] = {}
+    for name, value in content.items():
+        if name != "state_dict" and isinstance(name, str):
+            try:
+                metadata[name] = json.dumps(value)
+            except TypeError:
+                continue  # a value that is no plain data means nothing here
+    return inner, metadata
+
+
+class Folder:
+    """Shards with their index, a folder with one weight file, or a diffusers pipeline's folders side by side.
+
+    In a pipeline the names start with the part's folder, as in `transformer/proj_out.weight`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        parts = [path / name for name in PIPELINE_FOLDERS if _weight_files(path / name)]
+        if parts and not _weight_files(path):
+            self._readers = {f"{part.name}/": _Shards(part) for part in parts}
+        else:
+            self._readers = {"": _Shards(path)}
+        self._owners = {
+            prefix + name: (reader, name) for prefix, reader in self._readers.items() for name in reader.names
+        }
+        self.names = tuple(self._owners)
+        shared = [reader.metadata for reader in self._readers.values()]
+        self.metadata: Mapping[str, str] = shared[0] if len(shared) == 1 else _common(shared)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        reader, inner = self._owners[name]
+        return reader.shape(inner)
+
+    def type_name(self, name: str) -> str:
+        reader, inner = self._owners[name]
+        return reader.type_name(inner)
+
+    def tensor(self, name: str) -> torch.Tensor | Packed:
+        reader, inner = self._owners[name]
+        return reader.tensor(inner)
+
+
+class _Shards:
+    """The weight files of one folder as one."""
+
+    def __init__(self, folder: Path):
+        files = _weight_files(folder)
+        if not files:
+            raise WeightsError(
+                f"{folder} is a folder without weights",
+                "a folder must hold safetensors files, or an index that names them",
+                "Choose the folder the weights are in",
+            )
+        readers = [opened(file) for file in files]
+        self._owners = {name: reader for reader in readers for name in reader.names}
+        promised = _promised(folder)
+        missing = sorted(promised - self._owners.keys())
+        if missing:
+            raise WeightsError(
+                f"{folder} lacks {len(missing)} of the tensors that its index names, such as {missing[0]}",
+                "every shard must be whole",
+                "Download the folder again",
+            )
+        self.names = tuple(self._owners)
+        self.metadata = {**readers[0].metadata, **_statistics_of(folder)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._owners[name].shape(name)
+
+    def type_name(self, name: str) -> str:
+        return self._owners[name].type_name(name)
+
+    def tensor(self, name: str) -> torch.Tensor | Packed:
+        return self._owners[name].tensor(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors: those its index names, else all safetensors files, else torch archives.
+
+    Raises `WeightsError` when the index names a file that is not there or lies elsewhere.
+    """
+    if not folder.is_dir():
+        return []
+    for index in _indexes(folder):
+        names = sorted(set(_weight_map(index).values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise WeightsError(
+                    f"{index} names the file {name!r}, which is not in its folder",
+                    "an index names files beside it",
+                    "Download the folder again",
+                )
+        return [folder / name for name in names]
+    plain = sorted(folder.glob("*.safetensors"))
+    # A folder may hold the same weights in several precisions: the plain name wins.
+    whole = [file for file in plain if file.stem in ("diffusion_pytorch_model", "model")]
+    return whole or plain or sorted(folder.glob("*.bin"))
+
+
+def _indexes(folder: Path) -> list[Path]:
+    return [index for pattern in INDEXES for index in sorted(folder.glob(pattern))][:1]
+
+
+def _promised(folder: Path) -> set[str]:
+    return {name for index in _indexes(folder) for name in _weight_map(index)}
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(names, Mapping) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise WeightsError(
+            f"{index} has no usable weight_map", "it must map each tensor to a file", "Download the folder again"
+        )
+    return names
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file. Raises `WeightsError` when it is large or no JSON."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it is {path.stat().st_size} bytes long")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", "it must be a JSON file", "Download it again") from error
+
+
+def _statistics_of(folder: Path) -> dict[str, str]:
+    """The latent statistics that diffusers keeps in the VAE's config, which the transformer beside it shares."""
+    for config in (folder / "config.json", folder.parent / "vae" / "config.json"):
+        content = read_json(config) if config.is_file() else None
+        if isinstance(content, Mapping) and content.get("latents_mean") and content.get("latents_std"):
+            return {name: json.dumps(content[name]) for name in ("latents_mean", "latents_std")}
+    return {}
+
+
+def _common(metadata: list[Mapping[str, str]]) -> dict[str, str]:
+    """What several files say and none denies."""
+    merged: dict[str, str] = {}
+    for one in metadata:
+        merged.update(one)
+    return {name: value for name, value in merged.items() if all(one.get(name, value) == value for one in metadata)}

@@ -1,0 +1,322 @@
+"""LoRA files of every kind as changes to our layers, at the strength they were trained for.
+
+genmo's keep rank and alpha in their metadata, PEFT's and diffusers' in a JSON beside or inside, kohya's as a tensor for
+each layer. Their names are ours, diffusers', or either with underscores; diffusers' separate q, k and v become one.
+
+Shapes: `R` rank, `I` input features, `O` output features.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LoraError
+from . import files, layouts
+from .architecture import depth_of
+from .checkpoint import listing
+from .formats import plain
+
+log = logging.getLogger(__name__)
+
+PREFIXES = (
+    "base_model.model.transformer.",
+    "base_model.model.",
+    "transformer.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+    "",
+)
+# What a layer's tensors are called behind its name, by what they are.
+ENDINGS = {
+    "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora_down.weight", ".lora.down.weight"),
+    "up": (".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora_up.weight", ".lora.up.weight"),
+    "alpha": (".alpha",),
+    "magnitude": (
+        ".dora_scale",
+        ".lora_magnitude_vector",
+        ".lora_magnitude_vector.weight",
+        ".lora_magnitude_vector.default.weight",
+    ),
+}
+PEFT_METADATA = "lora_adapter_metadata"
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's change: `scale * up @ down`, `up`: `O R`, `down`: `R I`.
+
+    With `magnitude` (`O`) it is DoRA (Liu et al. 2024): the changed weight's rows get these lengths.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The changes of a file by our layers' names, and the tensors in it that belong to no layer of this model."""
+
+    source: str
+    layers: Mapping[str, LowRank]
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer of a file belongs: piece `index` of `count` that lie below each other in our `target`."""
+
+    target: str
+    index: int
+    count: int
+    swap: bool
+
+
+def read_lora(path: str | Path, network: nn.Module) -> Lora:
+    """The LoRA of a file, an archive or a folder, for this DiT.
+
+    Tensors that belong to no layer are logged and kept in `unmatched`.
+
+    Raises `LoraError` when nothing in the file belongs to the model, or a shape does not fit; `WeightsError` when it
+    cannot be read.
+    """
+    path = Path(path)
+    reader = files.opened(path)
+    shapes = linear_shapes(network)
+    places = _places(shapes)
+    held: dict[_Place, dict[str, str]] = {}  # what -> name in the file
+    spellings: dict[_Place, str] = {}
+    unmatched = []
+    for name in reader.names:
+        spelling, what = _parsed(name)
+        place = places.get(_known(spelling, places))
+        if place is None or what is None:
+            unmatched.append(name)
+            continue
+        if what in held.setdefault(place, {}):
+            raise LoraError(
+                f"{path} holds both {held[place][what]} and {name}",
+                "a layer may be changed once",
+                "The file is damaged or merged from several: get it again",
+            )
+        held[place][what], spellings[place] = name, spelling
+    for place in [place for place, names in held.items() if not {"down", "up"} <= names.keys()]:
+        unmatched += held.pop(place).values()
+    if not held:
+        raise LoraError(
+            f"{path} has no LoRA for this model: it holds {listing('tensors', reader.names) or 'nothing'}",
+            "its layers must be those of Mochi's DiT, such as blocks.0.attn.qkv_x",
+            "Choose a LoRA that was trained on Mochi 1",
+        )
+    if unmatched:
+        log.warning("%s: %s belong to no layer of this model and are not used", path, listing("tensors", unmatched))
+
+    scale_of = _Scales(path, reader.metadata)
+    pieces: dict[str, dict[_Place, LowRank]] = {}
+    for place, names in held.items():
+        tensors = {what: plain(reader.tensor(name)) for what, name in names.items()}
+        rank = _rank(path, names, tensors)
+        scale = scale_of(place.target, spellings[place], rank, tensors.get("alpha"))
+        change = LowRank(tensors["down"], tensors["up"], scale, _magnitude(path, names, tensors))
+        pieces.setdefault(place.target, {})[place] = change
+    layers = {target: _whole(path, target, shapes[target], changes) for target, changes in pieces.items()}
+    return Lora(str(path), layers, tuple(sorted(unmatched)))
+
+
+def linear_shapes(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """The linear layers of a network, of whatever class they are: `O I` by name."""
+    return {
+        name: (layer.out_features, layer.in_features)  # pyright: ignore[reportReturnType]
+        for name, layer in network.named_modules()
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    }
+
+
+def _places(shapes: Mapping[str, Any]) -> dict[str, _Place]:
+    """Where each layer belongs, by every spelling that files have for it."""
+    places = {target: _Place(target, 0, 1, False) for target in shapes}
+    for rule in layouts.diffusers_dit(depth_of(shapes, "blocks.")):
+        if rule.ours in shapes:
+            for index, theirs in enumerate(rule.theirs):
+                places[theirs] = _Place(rule.ours, index, len(rule.theirs), rule.swap)
+    return {name.replace(".", "_"): place for name, place in places.items()} | places
+
+
+def _parsed(name: str) -> tuple[str, str | None]:
+    """The name of a tensor's layer as the file spells it, and what the tensor is to it."""
+    for what, endings in ENDINGS.items():
+        for ending in endings:
+            if name.endswith(ending):
+                return name.removesuffix(ending), what
+    return name, None
+
+
+def _known(layer: str, places: Mapping[str, _Place]) -> str:
+    """The layer without its prefix, if that is known; else as it is."""
+    for prefix in PREFIXES:
+        if layer.startswith(prefix) and layer[len(prefix) :] in places:
+            return layer[len(prefix) :]
+    return layer
+
+
+def _rank(path: Path, held: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> int:
+    down, up = tensors["down"], tensors["up"]
+    floats = down.is_floating_point() and up.is_floating_point()
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0] or not floats:
+        raise LoraError(
+            f"{path} has {held['down']} of shape {tuple(down.shape)} and {held['up']} of shape {tuple(up.shape)}",
+            "they must be rank x inputs and outputs x rank, of one rank, in floats",
+            "The file is damaged or of another kind of adapter: get it again",
+        )
+    return down.shape[0]
+
+
+def _magnitude(path: Path, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """DoRA's row lengths, as a vector."""
+    found = tensors.get("magnitude")
+    if found is None:
+        return None
+    if found.ndim == 2 and found.shape[0] == 1 < tensors["up"].shape[0]:
+        raise LoraError(
+            f"{path} has {names['magnitude']} of shape {tuple(found.shape)}: lengths of columns",
+            "DoRA is read with lengths of rows",
+            "Train the adapter with weight decomposition on the output axis",
+        )
+    return found.flatten()
+
+
+def _whole(path: Path, target: str, shape: tuple[int, int], pieces: Mapping[_Place, LowRank]) -> LowRank:
+    """The change of one of our layers from its pieces. Raises `LoraError` when they do not fit it."""
+    count, swap = {(place.count, place.swap) for place in pieces}.pop()
+    if any((place.count, place.swap) != (count, swap) for place in pieces):
+        raise LoraError(
+            f"{path} changes {target} both whole and in pieces",
+            "a layer may be changed once",
+            "The file is damaged or merged from several: get it again",
+        )
+    outputs, inputs = shape
+    height = outputs // count
+    changes = {place.index: change for place, change in pieces.items()}
+    for change in changes.values():
+        rows = None if change.magnitude is None else len(change.magnitude)
+        if change.down.shape[1] != inputs or change.up.shape[0] != height or rows not in (None, height):
+            raise LoraError(
+                f"{path} changes {target} by {change.up.shape[0]} x {change.down.shape[1]}",
+                f"this model's layer {'has pieces of' if count > 1 else 'is'} {height} x {inputs}",
+                "Choose a LoRA that was trained on this model",
+            )
+    if count == 1 and not swap:
+        return changes[0]
+    magnitudes = [change.magnitude for _, change in sorted(changes.items()) if change.magnitude is not None]
+    if len(magnitudes) not in (0, count):
+        raise LoraError(
+            f"{path} has DoRA magnitudes for {len(magnitudes)} of {count} pieces of {target}",
+            "a layer has them for all of its rows or for none",
+            "Train the adapter on q, k and v together",
+        )
+    up = torch.zeros(outputs, sum(change.rank for change in changes.values()))
+    column = 0
+    for index, change in sorted(changes.items()):
+        block = change.up.to(torch.float32) * change.scale
+        up[index * height : (index + 1) * height, column : column + change.rank] = block
+        column += change.rank
+    down = torch.cat([change.down.to(torch.float32) for _, change in sorted(changes.items())])
+    magnitude = torch.cat(magnitudes) if magnitudes else None
+    if swap:
+        up = torch.cat(up.chunk(2)[::-1])
+        magnitude = None if magnitude is None else torch.cat(magnitude.chunk(2)[::-1])
+    return LowRank(down, up, 1.0, magnitude)
+
+
+class _Scales:
+    """What a file says of alpha and rank: `scale = alpha / rank` for each layer."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]):
+        self.path = path
+        self.genmo = _parsed_json(path, metadata.get("kwargs"), "kwargs")
+        self.peft = _peft_config(path, metadata)
+        self.told = False
+
+    def __call__(self, target: str, spelling: str, rank: int, alpha: torch.Tensor | None) -> float:
+        if alpha is not None:
+            return _finite(self.path, float(alpha.reshape(-1)[0]) / rank)
+        if self.peft is not None:
+            return _finite(self.path, _peft_scale(self.peft, spelling, rank))
+        if self.genmo is not None:
+            return _finite(self.path, self._genmo_scale(target, rank))
+        if not self.told:
+            log.info("%s says nothing of alpha: taken as trained with alpha = rank", self.path)
+            self.told = True
+        return 1.0
+
+    def _genmo_scale(self, target: str, rank: int) -> float:
+        """genmo keeps one rank and alpha for all q, k, v projections, another for all output projections."""
+        kind = "qkv_proj" if ".attn.qkv_" in target else "out_proj"
+        assert self.genmo is not None
+        alpha, said = self.genmo.get(f"{kind}_lora_alpha", rank), self.genmo.get(f"{kind}_lora_rank", rank)
+        if said != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise LoraError(
+                f"{self.path} says {kind}_lora_rank = {said!r} and alpha = {alpha!r}, but {target} has rank {rank}",
+                "rank and alpha in its metadata must fit its tensors",
+                "The file is damaged: get it again",
+            )
+        return alpha / rank
+
+
+def _finite(path: Path, scale: float) -> float:
+    if not math.isfinite(scale):
+        raise LoraError(f"{path} has a scale of {scale}", "alpha must be a finite number", "Get the file again")
+    return scale
+
+
+def _parsed_json(path: Path, text: str | None, name: str) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise LoraError(f"{path} has metadata {name} = {text[:80]!r}", "it must be a JSON object", "Get the file again")
+    return values
+
+
+def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """PEFT's settings: inside the file as diffusers writes them, or in the JSON that PEFT writes beside it."""
+    values = _parsed_json(path, metadata.get(PEFT_METADATA), PEFT_METADATA)
+    if values is not None:
+        return {name.removeprefix("transformer."): value for name, value in values.items()}
+    beside = path / PEFT_CONFIG if path.is_dir() else path.with_name(PEFT_CONFIG)
+    belongs = path.is_dir() or path.stem.startswith("adapter_model")
+    if not belongs or not beside.is_file():
+        return None
+    values = files.read_json(beside)
+    return values if isinstance(values, dict) else None
+
+
+def _peft_scale(config: Mapping[str, Any], spelling: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", spelling):
+            alpha = value
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise LoraError(f"lora_alpha is {alpha!r}", "it must be a number", "Correct the adapter's config")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
