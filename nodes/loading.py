@@ -14,7 +14,7 @@ T5_FOLDERS = ("text_encoders", "checkpoints")
 DIT_FOLDERS = ("diffusion_models", "checkpoints")
 VAE_FOLDERS = ("vae", "checkpoints")
 AUTO = "auto"
-ATTENTION = ("auto", "sdpa", "reference")
+ATTENTION = ("auto", "sdpa", "flash", "sage", "reference")
 CATEGORY = "Mochi Video/loaders"
 
 

@@ -11,7 +11,7 @@ import comfy.supported_models
 import torch
 
 from mochi_core.attention.joint import PlainJointAttention
-from mochi_core.attention.kernels import get_kernel
+from mochi_core.attention.kernels import check_kernel
 from mochi_core.config import DiTConfig
 from mochi_core.dit import AsymmDiT
 from mochi_core.dit.block import AsymmetricJointBlock
@@ -153,10 +153,10 @@ def check_features(model: Any, features: torch.Tensor | None) -> None:
 
 
 def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str) -> Any:
-    """A patcher around the DiT of a file. Raises `MochiError` kinds on a bad file or an unknown kernel."""
+    """A patcher around the DiT of a file. Raises `MochiError` kinds on a bad file, or a kernel that is not here."""
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    get_kernel(attention, load_device, torch.float32)
+    check_kernel(attention, load_device)
 
     file = open_dit(path)
     weights = wanted(file.entries, dtype)

@@ -21,7 +21,7 @@ from ..latents import LatentStatistics
 from . import build, layouts
 from .blocks import BLOCK_FORMATS, Packed, quantize
 from .checkpoint import Checkpoint
-from .formats import PACKED_SUFFIXES, PLAIN, SCALED_MARKER, Entry, Scaled, Weight, plain, quantized_float8
+from .formats import FLOAT8, PACKED_SUFFIXES, PLAIN, SCALED_MARKER, Entry, Scaled, Weight, plain, quantized_float8
 from .layouts import DECODER, DIT, ENCODER, T5, Part
 from .writer import Output, write_safetensors
 
@@ -282,7 +282,7 @@ def _diffusers(
             architecture = _architecture(checkpoint, part, entries)
             rules, prefix, config = _diffusers_naming(part, architecture, checkpoint)
             theirs = layouts.reversed_by(rules, entries[part]) if rules else entries[part]
-            if any(not entry.is_plain and not entry.kind.startswith("F8") for entry in theirs.values()):
+            if any(not entry.is_plain and entry.kind not in FLOAT8 for entry in entries[part].values()):
                 _check_floats(format, checkpoint)
             outputs += _outputs(part, {prefix + key: entry for key, entry in theirs.items()}, format, "")
         folder = target if len(kinds) == 1 else target / DIFFUSERS_FOLDERS[name]
