@@ -61,8 +61,6 @@ class Packed:
 
 def dequantize(data: torch.Tensor, format: BlockFormat, dtype: torch.dtype) -> torch.Tensor:
     """The weights of (rows, bytes of a row) uint8, (rows, columns): float32 arithmetic, rounded once to `dtype`."""
-    if data.storage_offset() % 2:  # the float16 numbers in it could not be viewed
-        data = data.clone()
     blocks = data.reshape(-1, format.bytes)
     at_once = _values_at_once(data.device) // format.values
     if len(blocks) <= at_once:
@@ -112,7 +110,8 @@ def _values_at_once(device: torch.device) -> int:
 
 def _float16(blocks: torch.Tensor) -> torch.Tensor:
     """Pairs of bytes as the float16 numbers they are, in float32."""
-    return blocks.view(torch.float16).float()
+    # Cloned, because bytes that begin at an odd place cannot be viewed as anything wider.
+    return blocks.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _bits(packed: torch.Tensor, width: int) -> torch.Tensor:
