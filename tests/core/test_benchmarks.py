@@ -81,6 +81,18 @@ def test_load_weights(tmp_path: Path) -> None:
     assert result["peak_over_file"] < 1.15
 
 
+def test_attention(tmp_path: Path) -> None:
+    sizes = "--heads 2 --head-dim 16 --visual-tokens 24 --text-tokens 8 --ragged-text-tokens 3"
+    result = run(tmp_path, "attention.py", f"{sizes} --dtype float32 --rounds 2")["results"]["float32"]
+    assert result["missing"].keys() == {"flash", "sage"}
+    assert all(error["max_abs"] < 1e-5 for error in result["errors"].values())
+    assert result["cases"]["24 + 8"]["kernels"].keys() == {"reference", "sdpa"}
+    ragged = result["cases"]["24 + 8 / 3"]
+    assert ragged["kernels"].keys() == {"reference", "sdpa", "sdpa by sample"} and not ragged["skipped"]
+    assert ragged["kernels"]["sdpa"]["ratio_to_sdpa"] == 1
+    assert all(len(row["times_s"]) == 2 and row["flops_per_s"] > 0 for row in ragged["kernels"].values())
+
+
 def test_full_size_dry_run(tmp_path: Path) -> None:
     result = run(tmp_path, "gpu/full_size.py", f"{FULL_SIZE} --kernels sdpa --peers")
     records = result["records"]

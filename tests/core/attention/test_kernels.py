@@ -1,3 +1,4 @@
+import logging
 import sys
 from types import ModuleType
 
@@ -11,10 +12,11 @@ from mochi_core.errors import KernelError
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
 NAN = float("nan")
+ANYWHERE = ("reference", "sdpa")
 
 
 @pytest.fixture
-def only_kernels(monkeypatch):
+def only_kernels(monkeypatch, fresh_choices):
     """`only_kernels(name=function, ...)`: makes these the exact kernels, in this order."""
 
     def replace(**functions):
@@ -22,12 +24,10 @@ def only_kernels(monkeypatch):
             module = ModuleType(f"mochi_core.attention.{name}")
             module.attend = function
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(kernels, "KERNELS", {name: name for name in functions})
-        monkeypatch.setattr(kernels, "EXACT", tuple(functions))
-        kernels._auto.cache_clear()
+        monkeypatch.setattr(kernels, "KERNELS", tuple(functions))
+        monkeypatch.setattr(kernels, "exact_kernels", lambda device: tuple(functions))
 
-    yield replace
-    kernels._auto.cache_clear()
+    return replace
 
 
 def attention_inputs(precision, tokens=9, batch=2):
@@ -62,7 +62,7 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(reference(q, k, v), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(kernels.KERNELS))
+@pytest.mark.parametrize("name", ANYWHERE)
 @pytest.mark.parametrize("precision", sorted(kernels.TOLERANCE, key=str))
 def test_every_kernel_agrees_with_the_reference(name, precision):
     kernel = kernels.get_kernel(name, CPU, precision)
@@ -71,7 +71,7 @@ def test_every_kernel_agrees_with_the_reference(name, precision):
     assert kernel(q, k, v).dtype == precision and kernel(q, k, v).shape == q.shape
 
 
-@pytest.mark.parametrize("name", sorted(kernels.KERNELS))
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_masked_keys_have_no_influence(name):
     kernel = kernels.get_kernel(name, CPU, torch.float32)
     q, k, v = attention_inputs(torch.float32)
@@ -83,7 +83,9 @@ def test_masked_keys_have_no_influence(name):
 
 @pytest.mark.parametrize("name", ("flash9000", "", "AUTO"))
 def test_unknown_kernel(name):
-    with pytest.raises(KernelError, match=rf"attention is '{name}': it must be one of auto, reference, sdpa\. Choose"):
+    with pytest.raises(
+        KernelError, match=rf"attention is '{name}': it must be one of auto, flash, reference, sage, sdpa\. Choose"
+    ):
         kernels.get_kernel(name, CPU, torch.float32)
 
 
@@ -120,9 +122,69 @@ def test_auto_checks_once_for_each_dtype(only_kernels):
     only_kernels(counted=counted)
     for precision in (torch.float32, torch.float32, torch.bfloat16, torch.float32):
         kernels.get_kernel("auto", CPU, precision)
-    assert calls == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert calls == [torch.float32] * 3 + [torch.bfloat16] * 3
 
 
 def test_a_kernel_asked_for_by_name_is_not_second_guessed(only_kernels):
     only_kernels(broken=off, good=reference)
     assert kernels.get_kernel("broken", CPU, torch.float32) is off
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_a_sample_without_valid_keys_is_finite(name):
+    q, k, v = attention_inputs(torch.float32)
+    mask = torch.tensor([[True] * 9, [False] * 9])
+    out = kernels.get_kernel(name, CPU, torch.float32)(q, k, v, mask)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0], reference(q, k, v)[0], rtol=0, atol=1e-6)
+
+
+def test_auto_passes_over_what_cannot_run_here_and_says_why(only_kernels, monkeypatch, caplog):
+    only_kernels(picky=off, good=reference)
+
+    def require(device, dtype):
+        raise KernelError("picky on a cpu", "it cannot be", "Choose auto")
+
+    monkeypatch.setattr(sys.modules["mochi_core.attention.picky"], "require", require, raising=False)
+    with caplog.at_level(logging.INFO, "mochi_core"):
+        assert kernels.get_kernel("auto", CPU, torch.float32) is reference
+    assert "attention kernel picky passed over: picky on a cpu: it cannot be" in caplog.text
+    assert "attention: good on cpu in torch.float32" in caplog.text
+    with pytest.raises(KernelError, match="picky on a cpu"):
+        kernels.get_kernel("picky", CPU, torch.float32)
+
+
+def test_the_self_check_sees_one_masked_key():
+    def attends_to_one_more(q, k, v, key_mask=None):
+        if key_mask is not None:
+            key_mask = key_mask | (key_mask.cumsum(1) == key_mask.sum(1, keepdim=True)).roll(1, dims=1)
+        return reference(q, k, v, key_mask)
+
+    assert kernels.self_check(attends_to_one_more, CPU, torch.float32) > kernels.TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ("auto", *ANYWHERE))
+def test_check_kernel_says_nothing_about_what_runs_anywhere(name):
+    kernels.check_kernel(name, CPU)
+    kernels.check_kernel(name, CPU, torch.float32)
+
+
+def test_check_kernel_knows_the_names():
+    with pytest.raises(KernelError, match="attention is 'magic'"):
+        kernels.check_kernel("magic", CPU)
+
+
+def test_the_order_on_a_cpu():
+    assert kernels.exact_kernels(CPU) == ("sdpa", "reference")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", ("auto", "reference", "sdpa", "flash"))
+@pytest.mark.parametrize("precision", sorted(kernels.TOLERANCE, key=str))
+def test_every_exact_kernel_agrees_with_the_reference_on_a_gpu(name, precision):
+    device = torch.device("cuda", 0)
+    try:
+        kernel = kernels.get_kernel(name, device, precision)
+    except KernelError as reason:
+        pytest.skip(str(reason))
+    assert kernels.self_check(kernel, device, precision) <= kernels.TOLERANCE[precision]

@@ -225,7 +225,7 @@ class TestInputsThatDoNotFit:
         )
 
     def test_unknown_attention_kernel(self):
-        with pytest.raises(KernelError, match="attention is 'magic': it must be one of auto, reference, sdpa"):
+        with pytest.raises(KernelError, match="attention is 'magic': it must be one of auto, flash, reference"):
             PlainJointAttention("magic")
 
 
