@@ -16,6 +16,7 @@ from mochi_core.config import TINY
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_DIT = "--depth 2 --visual-dim 192 --text-dim 96 --text-features 64 --latents 2x4x4 --text-tokens 5"
 SMALL_VAE = "--base 32 --multipliers 1 1 2 3 --res-blocks 0 1 1 1 1 --rows 2 --latent-frames 2"
+SMALL_QUANT = "--depth 2 --visual-dim 256 --text-dim 96 --heads 2 --text-features 64 --latents 2x4x4 --text-tokens 5"
 FULL_SIZE = "--device cpu --config tiny --depth 2 --width 64 --height 64 --frames 7 --repeats 1"
 ENVIRONMENT = {"cpu", "cores", "threads", "torch", "python", "commit", "dirty", "date"}
 MEASURED = {"median_s", "min_s", "ratio_to_ours", "ratio_to_floor", "peak_rss_growth_bytes", "times_s"}
@@ -91,6 +92,25 @@ def test_attention(tmp_path: Path) -> None:
     assert ragged["kernels"].keys() == {"reference", "sdpa", "sdpa by sample"} and not ragged["skipped"]
     assert ragged["kernels"]["sdpa"]["ratio_to_sdpa"] == 1
     assert all(len(row["times_s"]) == 2 and row["flops_per_s"] > 0 for row in ragged["kernels"].values())
+
+
+def test_quant(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    formats = "fp8_scaled q8_0 q4_0 gguf_q4_0 gguf_q4_k"
+    result = run(
+        tmp_path, "quant.py", f"{SMALL_QUANT} --device cpu --formats {formats} --rounds 2 --frames 7 --steps 2"
+    )
+    rows = result["results"]
+    assert list(rows) == ["bf16", *formats.split()]
+    assert all(len(row["load"]["times_s"]) == len(row["forward"]["times_s"]) == 2 for row in rows.values())
+    assert rows["bf16"]["forward"]["ratio_to_bf16"] == 1 and rows["bf16"]["dequantize"] is None
+    assert rows["bf16"]["error"] == {"max_abs": 0, "relative_rms": 0, "psnr_db": [None, None]}
+    assert len({row["packed_layers"] for row in rows.values()} - {0}) == 1
+    assert all(row["dequantize"]["median_s"] > 0 for name, row in rows.items() if name != "bf16")
+    # Both writers pack alike; of random blocks no error is measured.
+    assert rows["gguf_q4_0"]["error"] == rows["q4_0"]["error"] and rows["gguf_q4_k"]["error"] is None
+    errors = [rows[name]["error"]["relative_rms"] for name in ("q8_0", "fp8_scaled", "q4_0")]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.2
 
 
 def test_full_size_dry_run(tmp_path: Path) -> None:
