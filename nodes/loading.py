@@ -34,8 +34,8 @@ class MochiVideoT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "t5_name",
                     options=_host.model_names(T5_FOLDERS),
-                    tooltip="A T5 v1.1 XXL encoder from models/text_encoders: safetensors, GGUF, a folder, or a checkpoint "
-                    f"that has one. {TINY_NAME} comes with this pack.",
+                    tooltip="A T5 v1.1 XXL encoder from models/text_encoders: safetensors, GGUF, a folder, or a "
+                    f"checkpoint that has one. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
                 _host.advanced(
@@ -89,8 +89,8 @@ class MochiVideoDiTLoader(io.ComfyNode):
                 io.Combo.Input(
                     "dit_name",
                     options=_host.model_names(DIT_FOLDERS),
-                    tooltip="A Mochi DiT from models/diffusion_models or an all-in-one from models/checkpoints: safetensors, "
-                    f"GGUF or a diffusers folder. {TINY_NAME} comes with this pack.",
+                    tooltip="A Mochi DiT from models/diffusion_models or an all-in-one from models/checkpoints: "
+                    f"safetensors, GGUF or a diffusers folder. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
                 _host.advanced(

@@ -170,6 +170,8 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str
     set_dtype = supported.set_inference_dtype
     set_dtype(held, cast, **_host.known_arguments(set_dtype, device=load_device))
 
+    check_kernel(attention, load_device, cast or held)
+
     model = MochiModel(supported, memory)
     fill_native(model.diffusion_model, weights)
     for block in model.diffusion_model.blocks:

@@ -52,7 +52,7 @@ class PackedLinear(comfy.ops.manual_cast.Linear):
         raise LoraError(
             f"A LoRA or other patch is for a layer that is packed as {self.format.name}",
             "the host's own loaders can only patch weights that are floats",
-            "Use Mochi Video LoRA Loader, which works beside packed weights, or load the DiT with a dtype other than auto",
+            "Use Mochi Video LoRA Loader, which works beside packed weights, or load the DiT with dtype bfloat16",
         )
 
 
@@ -120,7 +120,9 @@ def fill_native(network: nn.Module, weights: Mapping[str, Weight]) -> None:
         if isinstance(weight, Packed) and is_linear:
             bias = weights.get(f"{layer_name}.bias")
             replace(network, layer_name, PackedLinear(weight, None if bias is None else plain(bias)))
-        elif isinstance(weight, Scaled) and is_linear and weight.scale.ndim == 0 and weight.data.dtype in FLOAT8.values():
+        elif (
+            isinstance(weight, Scaled) and is_linear and weight.scale.ndim == 0 and weight.data.dtype in FLOAT8.values()
+        ):
             state |= _scaled_state(layer_name, weight)
         else:
             state[name] = plain(weight, None if isinstance(weight, torch.Tensor) else torch.bfloat16)

@@ -38,6 +38,10 @@ class Goldens:
     def tensors(self, name: str) -> Tensors:
         return load(unpacked(f"{name}.safetensors"))
 
+    def file(self, name: str) -> bytes:
+        """A whole file, metadata and all."""
+        return unpacked(name)
+
     def json(self, name: str) -> Any:
         return json.loads(unpacked(f"{name}.json"))
 

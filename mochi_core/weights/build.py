@@ -1,4 +1,4 @@
-"""Networks from files: the architecture from metadata or shapes, built on the meta device, filled with mapped tensors."""
+"""Networks from files: the architecture from metadata or shapes, built on meta, filled with mapped tensors."""
 
 import math
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ def open_dit(path: str | Path) -> DiTFile:
 
 
 def checked_dit(checkpoint: Checkpoint, entries: Entries) -> DiTConfig:
-    """The architecture of the file's DiT, from metadata or shapes. Raises unless every weight of it is there."""
+    """The architecture of the file's DiT, from metadata or shapes. Raises unless it is whole."""
     source, values = str(checkpoint.path), own_config(checkpoint)
     config = architecture.dit_from(shapes_of(entries), source) if values is None else DiTConfig.from_metadata(values)
     check(AsymmDiT(config, device="meta"), entries, source)
@@ -127,14 +127,15 @@ def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: 
         if network is not None and entries is not None:
             _fill(network, entries, str(path), dtype, keep_quantized=False)
         networks.append(network)
-    return VAE(*networks, _statistics(checkpoint, config.latent_channels))
+    return VAE(networks[0], networks[1], _statistics(checkpoint, config.latent_channels))
 
 
 def checked_vae(checkpoint: Checkpoint, decoder: Entries | None, encoder: Entries | None) -> VAEConfig:
-    """The architecture of the file's VAE, from metadata or shapes. Raises unless every weight of its halves is there."""
+    """The architecture of the file's VAE, from metadata or shapes. Raises unless its halves are whole."""
     source, values = str(checkpoint.path), own_config(checkpoint)
     if values is None:
-        config = architecture.vae_from(*(None if h is None else shapes_of(h) for h in (decoder, encoder)), source)
+        halves = [None if half is None else shapes_of(half) for half in (decoder, encoder)]
+        config = architecture.vae_from(halves[0], halves[1], source)
     else:
         config = VAEConfig.from_metadata(values)
     for kind, entries in ((Decoder, decoder), (Encoder, encoder)):
@@ -180,7 +181,7 @@ def open_t5(path: str | Path) -> TextFile:
 
 
 def checked_t5(checkpoint: Checkpoint, entries: Entries) -> TextConfig:
-    """The architecture of the file's T5, from metadata or shapes. Raises unless every weight of its encoder is there."""
+    """The architecture of the file's T5, from metadata or shapes. Raises unless its encoder is whole."""
     source, values = str(checkpoint.path), own_config(checkpoint)
     config = architecture.text_from(shapes_of(entries), source) if values is None else TextConfig.from_metadata(values)
     both = entries | ({T5_SECOND_NAME: entries["shared.weight"]} if "shared.weight" in entries else {})
@@ -188,9 +189,7 @@ def checked_t5(checkpoint: Checkpoint, entries: Entries) -> TextConfig:
     return config
 
 
-def load_t5(
-    path: str | Path, *, dtype: torch.dtype | None = None, keep_quantized: bool = True
-) -> T5EncoderModel:
+def load_t5(path: str | Path, *, dtype: torch.dtype | None = None, keep_quantized: bool = True) -> T5EncoderModel:
     """The T5 encoder of a file or folder, on the CPU; `dtype` and `keep_quantized` as for `load_dit`.
 
     Raises `WeightsError` or `ConfigError` when the file is broken, incomplete or of another model.

@@ -33,7 +33,12 @@ QUANTIZED = ("fp8", "fp8_scaled", "q8_0", "q4_0")
 FORMATS = ("keep", *FLOATS, *QUANTIZED)
 PARTS = {"dit": (DIT,), "vae": (DECODER, ENCODER), "t5": (T5,)}
 
-COMFY_PREFIXES = {DIT: "model.diffusion_model.", DECODER: "vae.decoder.", ENCODER: "vae.encoder.", T5: "text_encoders.t5xxl.transformer."}
+COMFY_PREFIXES = {
+    DIT: "model.diffusion_model.",
+    DECODER: "vae.decoder.",
+    ENCODER: "vae.encoder.",
+    T5: "text_encoders.t5xxl.transformer.",
+}
 COMFY_VAE_PREFIXES = {DECODER: "decoder.", ENCODER: "encoder."}
 GENMO_NAMES = {DIT: "dit", DECODER: "decoder", ENCODER: "encoder", T5: "t5"}
 DIFFUSERS_FOLDERS = {"dit": "transformer", "vae": "vae", "t5": "text_encoder"}
@@ -108,7 +113,9 @@ def _planned(
     """What to write where. Everything is checked here, before the first byte is written."""
     source = str(checkpoint.path)
     one_file = target.suffix == ".safetensors"
-    metadata = {name: checkpoint.metadata[name] for name in ("latents_mean", "latents_std") if name in checkpoint.metadata}
+    metadata = {
+        name: checkpoint.metadata[name] for name in ("latents_mean", "latents_std") if name in checkpoint.metadata
+    }
     metadata |= {"format": "pt", "made_by": f"mochi-video {__version__}, {layout}, {format}"}
     config = build.own_config(checkpoint)
     if layout == "diffusers":
@@ -127,7 +134,7 @@ def _planned(
     own = {} if config is None else {"config": json.dumps(config)}
     is_vae = set(entries) <= {DECODER, ENCODER}
     if layout == "comfy" or (one_file and (len(entries) == 1 or is_vae)):
-        alone = len(entries) == 1 and not is_vae or (layout == "genmo" and len(entries) == 1)
+        alone = (len(entries) == 1 and not is_vae) or (layout == "genmo" and len(entries) == 1)
         prefixes = dict.fromkeys(entries, "") if alone else COMFY_VAE_PREFIXES if is_vae else COMFY_PREFIXES
         path = target if one_file else target / f"{'_'.join(GENMO_NAMES[part] for part in entries)}.safetensors"
         outputs = [output for part, held in entries.items() for output in _outputs(part, held, format, prefixes[part])]
@@ -140,7 +147,9 @@ def _planned(
             f"Give a folder instead of {target.name}, or choose one part",
         )
     for part, held in entries.items():
-        yield _File(target / f"{GENMO_NAMES[part]}.safetensors", tuple(_outputs(part, held, format, "")), metadata | own)
+        yield _File(
+            target / f"{GENMO_NAMES[part]}.safetensors", tuple(_outputs(part, held, format, "")), metadata | own
+        )
 
 
 def _architecture(checkpoint: Checkpoint, part: Part, entries: Mapping[Part, build.Entries]) -> Any:

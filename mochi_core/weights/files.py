@@ -161,7 +161,7 @@ class Folder:
             prefix + name: (reader, name) for prefix, reader in self._readers.items() for name in reader.names
         }
         self.names = tuple(self._owners)
-        shared = [reader.metadata for reader in self._readers.values()]
+        shared: list[Mapping[str, str]] = [reader.metadata for reader in self._readers.values()]
         self.metadata: Mapping[str, str] = shared[0] if len(shared) == 1 else _common(shared)
 
     def shape(self, name: str) -> tuple[int, ...]:

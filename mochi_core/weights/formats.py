@@ -131,7 +131,9 @@ def _first(names: set[str], layer: str, endings: Sequence[str]) -> str | None:
     return next((f"{layer}.{ending}" for ending in endings if f"{layer}.{ending}" in names), None)
 
 
-def _scaled_entry(reader: Reader, name: str, scale_name: str, input_name: str | None, wide_product: bool, source: str) -> Entry:
+def _scaled_entry(
+    reader: Reader, name: str, scale_name: str, input_name: str | None, wide_product: bool, source: str
+) -> Entry:
     shape, scale_shape = reader.shape(name), reader.shape(scale_name)
     count = math.prod(scale_shape)
     if reader.type_name(name) not in (*FLOAT8, *PLAIN) or count not in (1, *shape[:1]):

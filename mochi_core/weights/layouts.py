@@ -236,7 +236,9 @@ T5 = Part(
     "a T5 text encoder",
     (
         Layout("Hugging Face", ("shared.weight", "encoder.final_layer_norm.weight")),
-        Layout("llama.cpp", ("token_embd.weight", "enc.blk.0.attn_q.weight"), lambda n: llama_t5(depth_of(n, "enc.blk."))),
+        Layout(
+            "llama.cpp", ("token_embd.weight", "enc.blk.0.attn_q.weight"), lambda n: llama_t5(depth_of(n, "enc.blk."))
+        ),
     ),
     ("", "text_encoders.t5xxl.transformer.", "text_encoder/", "text_encoder.", "t5xxl.transformer."),
     # A whole T5 has a decoder too; the embedding may be there twice; hosts keep things of their own beside it.

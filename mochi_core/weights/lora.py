@@ -51,8 +51,8 @@ def dora_difference(change: LowRank, weight: torch.Tensor) -> torch.Tensor:
 def _weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The layer's own weight in float32 where `x` is."""
     dequantized: Any = getattr(layer, "dequantized", None)
-    weight = layer.weight if dequantized is None else dequantized(torch.float32)
-    return weight.to(x.device, torch.float32)  # pyright: ignore[reportCallIssue]
+    weight: Any = layer.weight if dequantized is None else dequantized(torch.float32)
+    return weight.to(x.device, torch.float32)
 
 
 def branches(loras: Sequence[tuple[Lora, float]]) -> dict[str, Branch]:

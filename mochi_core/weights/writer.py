@@ -59,13 +59,15 @@ def write_safetensors(
                 tensor = output.load()
                 expected = (DTYPES[output.kind], output.shape)
                 if (tensor.dtype, tuple(tensor.shape)) != expected:
-                    raise RuntimeError(f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, promised was {expected}")
+                    raise RuntimeError(
+                        f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, promised was {expected}"
+                    )
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 done(output)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)  # mkstemp makes it private
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

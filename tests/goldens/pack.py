@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save
 
 HERE = Path(__file__).parent
-WEIGHTS = ("dit_weights", "vae_decoder_weights", "vae_decoder_asym_weights", "vae_encoder_weights")
+WEIGHTS = ("dit_weights", "lora", "vae_decoder_weights", "vae_decoder_asym_weights", "vae_encoder_weights")
 CASES = (
     "dit_cases",
+    "lora_cases",
     "sampler_cases",
     "units",
     "vae_decoder_cases",
@@ -27,7 +28,14 @@ CASES = (
     "vae_decoder_tiled",
     "vae_encoder_cases",
 )
-MANIFESTS = ("genmo_dit", "genmo_decoder", "genmo_encoder")
+MANIFESTS = (
+    "genmo_dit",
+    "genmo_decoder",
+    "genmo_encoder",
+    "genmo_lora_rank16",
+    "diffusers_transformer",
+    "diffusers_vae",
+)
 # Odd, so that all positions inside the decoder's 8x8 unfolding occur.
 COLUMN_STEP = 3
 LARGE_OUTPUTS = {"vae_decoder_cases": ("out_f64/raw", -1), "vae_decoder_tiled": ("out_f64/tiled_spatial_frames", -2)}
@@ -36,6 +44,7 @@ LARGE_OUTPUTS = {"vae_decoder_cases": ("out_f64/raw", -1), "vae_decoder_tiled": 
 def slim(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a case file that the tests need."""
     kept = {key: value for key, value in tensors.items() if not key.startswith("out_f32/") and "/packed_" not in key}
+    kept = {key: value for key, value in kept.items() if "/merged_" not in key}  # the merged output covers it
     for key in [key for key in kept if key.endswith("y_feat")]:
         features = kept.pop(key)
         kept[f"{key}_valid"] = features[kept[key.replace("y_feat", "y_mask")]]
@@ -56,7 +65,7 @@ def as_json(value: Any) -> bytes:
 
 
 def main(goldens: Path, manifests: Path) -> None:
-    for name in WEIGHTS:
+    for name in WEIGHTS:  # as they are, metadata and all
         write(f"{name}.safetensors", (goldens / f"{name}.safetensors").read_bytes())
     for name in CASES:
         write(f"{name}.safetensors", save(slim(name, load_file(goldens / f"{name}.safetensors"))))

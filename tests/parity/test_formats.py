@@ -162,7 +162,7 @@ def test_a_shard_of_the_index_that_is_missing_or_elsewhere(diffusers_folder):
     first = sorted(folder.glob("*.safetensors"))[0]
     content = index.read_text()
     index.write_text(content.replace(first.name, f"../{first.name}"))
-    with pytest.raises(WeightsError, match="names the file '../.*, which is not in its folder"):
+    with pytest.raises(WeightsError, match=r"names the file '../.*, which is not in its folder"):
         build.load_dit(folder)
     index.write_text(content)
     first.unlink()
@@ -469,7 +469,7 @@ def test_a_t5_gguf_in_the_names_of_llama_cpp(kind, t5, tmp_path):
 def test_a_t5_in_float8(scaled, t5, tmp_path):
     held = {}
     for name, tensor in load_file(build.TINY_T5).items():
-        if tensor.ndim == 2 and "SelfAttention" in name and "bias" not in name or "Dense" in name:
+        if (tensor.ndim == 2 and "SelfAttention" in name and "bias" not in name) or "Dense" in name:
             scale = tensor.float().abs().max() / 448 if scaled else torch.tensor(1.0)
             held[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
             if scaled:

@@ -1,3 +1,4 @@
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -5,8 +6,6 @@ import torch
 from mochi_core.errors import WeightsError
 from mochi_core.weights import blocks
 from mochi_core.weights.blocks import BLOCK_FORMATS, Packed, dequantize, quantize
-
-gguf = pytest.importorskip("gguf")
 
 # Where a block has its float16 numbers: random bytes there would be infinite now and then.
 HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

@@ -227,7 +227,9 @@ def test_statistics_for_another_number_of_channels(changed):
 def test_a_file_with_a_part_of_the_layers(changed, kept):
     gone = {name: None for name in Checkpoint(build.TINY_DIT).names for n in range(kept, 4) if f"blocks.{n}." in name}
     path = changed("dit", gone, metadata={"config": None})
-    refused("dit", path, rf"ends after block {kept - 1}, .*: the last block of a Mochi DiT does not.*only a part of the")
+    refused(
+        "dit", path, rf"ends after block {kept - 1}, .*: the last block of a Mochi DiT does not.*only a part of the"
+    )
 
 
 def test_a_file_with_layers_missing_in_between(changed):

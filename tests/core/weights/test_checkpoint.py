@@ -61,7 +61,7 @@ class TestFilesThatCannotBeRead:
         self.refused(tmp_path / name, "does not exist or is no file")
 
     def test_a_folder_without_weights(self, tmp_path):
-        with pytest.raises(WeightsError, match="is a folder without weights: .* Choose the folder"):
+        with pytest.raises(WeightsError, match=r"is a folder without weights: .* Choose the folder"):
             Checkpoint(tmp_path)
 
     @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import tracemalloc
 import warnings
 from random import Random
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,6 @@ from mochi_core.errors import WeightsError
 from mochi_core.weights.blocks import BLOCK_FORMATS, Packed
 from mochi_core.weights.gguf_file import LARGEST_HEADER, MOST_ENTRIES, GGUFFile
 
-gguf = pytest.importorskip("gguf")
 Type = gguf.GGMLQuantizationType
 
 # Where a block has its float16 numbers: random bytes there would be infinite now and then.
