@@ -95,9 +95,9 @@ def valid_file(name: str, value: str | None, folders: Sequence[str]) -> bool | s
     )
 
 
-def valid_lora(name: str, value: str | None, folders: Sequence[str]) -> bool | str:
-    """The same for a LoRA, of which none comes with the pack; `none` is no LoRA."""
-    if value in (None, NO_LORA) or value in file_names(folders):
+def valid_lora(name: str, value: str | None, folders: Sequence[str], or_none: bool = False) -> bool | str:
+    """The same for a LoRA, of which none comes with the pack; the choice of no LoRA may be valid."""
+    if value is None or (or_none and value == NO_LORA) or value in file_names(folders):
         return True
     places = ", ".join(f"models/{folder}" for folder in folders)
     return f"{name} is {value!r}: there is no such file in {places}. Put it there and reload the page."

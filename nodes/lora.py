@@ -84,7 +84,7 @@ class MochiVideoLoraStack(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_1: str, lora_2: str, lora_3: str, lora_4: str) -> bool | str:
         for name, value in {"lora_1": lora_1, "lora_2": lora_2, "lora_3": lora_3, "lora_4": lora_4}.items():
-            checked = _host.valid_lora(name, value, FOLDERS)
+            checked = _host.valid_lora(name, value, FOLDERS, or_none=True)
             if checked is not True:
                 return checked
         return True

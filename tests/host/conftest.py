@@ -23,7 +23,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHost]:
     log.write_bytes(b"")
     base = tmp_path_factory.mktemp("comfyui")
     shutil.copytree(HERE / "probe", base / "custom_nodes" / "probe")
-    for folder in ("diffusion_models", "text_encoders", "vae"):
+    for folder in ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras"):
         (base / "models" / folder).mkdir(parents=True)
     with RunningHost(base, base / "output", log) as running:
         yield running
