@@ -4,9 +4,10 @@
 
 Speed is that of a random DiT that computes in bfloat16, on the device: by default a medium one on a CPU, four blocks of
 the released width on a GPU. `dequantize` is the part of a forward that makes floats of the stored matrices, alone.
-Loading ends when every tensor has been copied to the device; files lie in the page cache. Errors are those of the
-embedded checkpoint on the CPU, computed in float32, so that only the weights differ from the bf16 file's: one forward,
-and videos of the same prompts and seed.
+Loading ends when every tensor has been copied to the device; files lie in the page cache. The error of the weights is
+that of the random DiT's matrices, whose standard deviation is one over the root of their inputs. The other errors are
+those of the embedded checkpoint, in float32 on the CPU, so that only the weights differ from the bf16 file's: one
+forward, and videos of the same prompts and seed.
 
 Files are made by `convert`, GGUF by the gguf package's own writer. Nothing here can write K-quants: their blocks are
 random, which says something of their speed and nothing of their errors. Matrices whose rows are no whole blocks are
@@ -41,6 +42,7 @@ from mochi_core.shapes import VideoSize
 from mochi_core.weights.build import TINY_DIT, load_dit
 from mochi_core.weights.checkpoint import Checkpoint
 from mochi_core.weights.convert import convert
+from mochi_core.weights.formats import plain
 from mochi_core.weights.quantized import QuantizedLinear
 
 BASE = "bf16"
@@ -90,6 +92,11 @@ def written(formats: Sequence[str], source: Path, folder: Path) -> dict[str, Pat
     return paths
 
 
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether quantised files pack this weight."""
+    return name.startswith("blocks.") and len(shape) == 2
+
+
 def write_gguf(source: Path, path: Path, kind: str) -> None:
     """The matrices inside the blocks packed, the rest in bfloat16, as `convert` has it."""
     import gguf
@@ -100,7 +107,7 @@ def write_gguf(source: Path, path: Path, kind: str) -> None:
         writer.add_string(key, value)
     for name in checkpoint.names:
         weight: Any = checkpoint.tensor(name)
-        if name.startswith("blocks.") and weight.ndim == 2:
+        if is_matrix(name, weight.shape):
             data, stored = packed(weight, kind, generator)
         else:
             data, stored = weight.to(torch.bfloat16).view(torch.uint8).numpy(), "BF16"
@@ -158,6 +165,7 @@ def speeds(paths: Mapping[str, Path], case: Case, device: torch.device, rounds: 
             "file_bytes": file_bytes,
             "file_to_bf16": file_bytes / base_bytes,
             "packed_layers": len(layers[name]),
+            "weights_relative_rms": None if name in RANDOM_GGUF else weight_error(path, paths[BASE]),
             "load": summary(load_times[name], load_times[BASE]),
             "forward": summary(times[name], times[BASE]),
             # against the whole forward of bf16, as all here
@@ -196,6 +204,18 @@ def summary(times: list[float], base: list[float]) -> dict[str, Any]:
 
 
 # Errors
+
+
+def weight_error(path: Path, base: Path) -> float:
+    """Relative RMS of the matrices inside the blocks."""
+    held, expected = Checkpoint(path), Checkpoint(base)
+    off = total = 0.0
+    for name, entry in expected.entries.items():
+        if is_matrix(name, entry.shape):
+            weight = plain(expected.tensor(name), torch.float32)
+            off += (plain(held.tensor(name), torch.float32) - weight).square().sum(dtype=torch.float64).item()
+            total += weight.square().sum(dtype=torch.float64).item()
+    return math.sqrt(off / total)
 
 
 @torch.inference_mode()
@@ -239,7 +259,7 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float | None:
 
 
 def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
-    header = ("MB", "/ bf16", "load s", "forward s", "/ bf16", "dequant. /", "rel. RMS", "PSNR dB")
+    header = ("MB", "/ bf16", "load s", "forward s", "/ bf16", "unpack /", "weights off", "output off", "PSNR dB")
     print(f"\n{'':<12}" + "".join(f"{title:>12}" for title in header))
     for name, row in results.items():
         cells = [f"{row['file_bytes'] / 1e6:.1f}", f"{row['file_to_bf16']:.3f}", f"{row['load']['median_s']:.3f}"]
@@ -247,7 +267,7 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
         cells += [f"{row['dequantize']['ratio_to_bf16']:.3f}" if row["dequantize"] else ""]
         if row["error"]:
             videos = "/".join("same" if value is None else f"{value:.1f}" for value in row["error"]["psnr_db"])
-            cells += [f"{row['error']['relative_rms']:.1e}", videos]
+            cells += [f"{row['weights_relative_rms']:.1e}", f"{row['error']['relative_rms']:.1e}", videos]
         print(f"{name:<12}" + "".join(f"{cell:>12}" for cell in cells))
 
 

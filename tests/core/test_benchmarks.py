@@ -109,6 +109,7 @@ def test_quant(tmp_path: Path) -> None:
     assert all(row["dequantize"]["median_s"] > 0 for name, row in rows.items() if name != "bf16")
     # Both writers pack alike; of random blocks no error is measured.
     assert rows["gguf_q4_0"]["error"] == rows["q4_0"]["error"] and rows["gguf_q4_k"]["error"] is None
+    assert 0 == rows["bf16"]["weights_relative_rms"] < rows["q8_0"]["weights_relative_rms"] < 0.01
     errors = [rows[name]["error"]["relative_rms"] for name in ("q8_0", "fp8_scaled", "q4_0")]
     assert 0 < errors[0] < errors[1] < errors[2] < 0.2
 
