@@ -4,6 +4,7 @@ The host's tokenizer keeps its conventions ((word:1.2), embedding:name); ours ad
 token at all for the empty prompt.
 """
 
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mochi_core.errors import ConditioningError, ConfigError
 from mochi_core.text.conditioning import warn_of_cut
 from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, TOKENIZER_NAMES, Tokenizer, Tokens, read_tokenizer
 from mochi_core.weights.build import open_t5
-from mochi_core.weights.formats import plain
+from mochi_core.weights.formats import Weight, plain
 
 from . import _host
 from .native_weights import fill_native, quantized_options, wanted, weight_dtype
@@ -124,10 +125,18 @@ def text_model_class(config: TextConfig) -> type:
             return embeds, mask, mask.sum(1).tolist(), *rest
 
     class MochiTextModel(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] = {}):
+        def __init__(
+            self,
+            weights: Mapping[str, Weight],
+            device: Any = "cpu",
+            dtype: Any = None,
+            model_options: dict[str, Any] = {},
+        ):
             super().__init__(
                 device=device, dtype=dtype, name=CLIP_NAME, clip_model=MochiT5, model_options=model_options
             )
+            # Here, for the host looks at the weights, and may load them to a device, as soon as this is made.
+            fill_native(self.t5xxl.transformer, weights)
 
         def encode_token_weights(self, token_weight_pairs: dict[str, Any]) -> Any:
             if token_weight_pairs[CLIP_NAME] == [NULL_PROMPT]:
@@ -146,10 +155,10 @@ def _is_padding(token: Any) -> bool:
 class _Target:
     """What the host's CLIP is made of."""
 
-    def __init__(self, config: TextConfig, tokenizer: Tokenizer):
+    def __init__(self, config: TextConfig, weights: Mapping[str, Weight], tokenizer: Tokenizer):
         self.clip = text_model_class(config)
         self.tokenizer = tokenizer_class(tokenizer, config.d_model)
-        self.params: dict[str, Any] = {}
+        self.params: dict[str, Any] = {"weights": weights}
 
 
 def tokenizer_beside(path: str) -> Path | None:
@@ -187,13 +196,11 @@ def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) 
     # Built on the CPU whatever the host would choose: the file's tensors become the parameters.
     held = weight_dtype(weights) or torch.bfloat16
     options = {"dtype": held, "initial_device": torch.device("cpu"), **quantized_options(weights)}
-    clip = comfy.sd.CLIP(
-        _Target(config, tokenizer),
+    return comfy.sd.CLIP(
+        _Target(config, weights, tokenizer),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options=options,
     )
-    fill_native(clip.cond_stage_model.t5xxl.transformer, weights)
-    return clip
 
 
 def encode(clip: Any, text: str, weighting: bool) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+import torch
 from seeds import GGUF_TYPES, Seed, encoded_gguf, ggufs
 
 # Numbers that counters, sizes and offsets do not expect.
@@ -104,7 +105,7 @@ def json_text(data: bytes, random: Random, node: Callable[[Any, Random], Any] | 
     """A JSON text with a value changed, or broken as text."""
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return any_bytes(data, random)
     kind = random.random()
     if kind < 0.65:
@@ -188,7 +189,7 @@ def safetensors(data: bytes, random: Random) -> bytes:
         try:
             header = json.loads(data[8 : 8 + size])
             return random.choice(STRUCTURED)(header, data[8 + size :], random)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             pass  # what earlier changes left is no header any more
     if kind < 0.75:
         text = json_text(data[8 : 8 + size], random)
@@ -415,6 +416,8 @@ GGUFS = ggufs()
 
 def archive(data: bytes, random: Random) -> bytes:
     """An archive damaged anywhere, or whole with a pickle that is damaged, squeezed, doubled or gone."""
+    if random.random() < 0.25:
+        return random.choice(HOSTILE)
     if not data.startswith(b"PK") or random.random() < 0.3:
         return any_bytes(data, random, 0, random.choice((2000, len(data), len(data))))
     try:
@@ -445,5 +448,90 @@ def archive(data: bytes, random: Random) -> bytes:
             new.writestr(zipfile.ZipInfo(name), content, squeezed)
     return buffer.getvalue()
 
+
+def _hostile() -> list[bytes]:
+    """Archives that torch reads and that hold what no state dict should."""
+    one, brain = torch.ones(1), torch.ones(1, dtype=torch.bfloat16)
+    rank, width = 10**7, 2 * 10**8
+    attention, feed_forward = (f"encoder.block.0.layer.{index}" for index in (0, 1))
+    twice: list[Any] = []
+    for _ in range(60):
+        twice = [twice, twice]
+    round_trip: list[Any] = []
+    round_trip.append(round_trip)
+    layer = "blocks.0.attn.qkv_x"
+    small = {f"{layer}.lora_A.weight": torch.ones(4, 32), f"{layer}.lora_B.weight": torch.ones(96, 4)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says of some of these that they are new or will go
+        quantized = torch.quantize_per_tensor(torch.ones(4, 32), 0.1, 0, torch.qint8)
+        contents = [
+            # a few bytes that claim to be gigabytes
+            {f"transformer_blocks.0.attn1.to_{piece}.lora_A.weight": one.expand(rank, 32) for piece in "qkv"}
+            | {f"transformer_blocks.0.attn1.to_{piece}.lora_B.weight": one.expand(32, rank) for piece in "qkv"},
+            {
+                "shared.weight": brain.expand(width, 32),
+                "encoder.final_layer_norm.weight": torch.ones(32),
+                **{f"{attention}.SelfAttention.{name}.weight": torch.ones(32, 32) for name in "qkvo"},
+                f"{attention}.SelfAttention.relative_attention_bias.weight": torch.ones(8, 2),
+                f"{attention}.layer_norm.weight": torch.ones(32),
+                **{f"{feed_forward}.DenseReluDense.wi_{i}.weight": one.expand(width, 32) for i in (0, 1)},
+                f"{feed_forward}.DenseReluDense.wo.weight": one.expand(32, width),
+                f"{feed_forward}.layer_norm.weight": torch.ones(32),
+            },
+            # plain values that grow when they are written out, or have no end
+            {"state_dict": small, "x": twice},
+            {"state_dict": small, "x": round_trip},
+            {"state_dict": small, "kwargs": {"qkv_proj_lora_rank": 4, "qkv_proj_lora_alpha": 10**400}},
+            {"state_dict": small, "kwargs": [1], "x": float("nan")},
+            # tensors of other kinds
+            *(
+                small | {f"{layer}.lora_A.weight": tensor}
+                for tensor in (
+                    torch.sparse_coo_tensor(size=(4, 32)),
+                    torch.sparse_coo_tensor(size=(10**6, 10**6)),
+                    torch.ones(4, 32).to_sparse_csr(),
+                    torch.nested.nested_tensor([torch.ones(4), torch.ones(2)]),
+                    torch.empty(4, 32, device="meta"),
+                    torch.ones(4, 32, dtype=torch.complex64),
+                    torch.ones(4, 32, dtype=torch.bool),
+                    torch.ones(32, 4).T,
+                    torch.ones(0, 32),
+                    torch.nn.Parameter(torch.ones(4, 32)),
+                    quantized,
+                )
+            ),
+            # no state dicts
+            torch.ones(3),
+            [small],
+            {0: torch.ones(3)},
+            {"state_dict": {}},
+            {"state_dict": 1},
+            None,
+        ]
+        archives = [_archive(content) for content in contents]
+    for depth in (100, 100_000):
+        deep = b"\x80\x02}(X\n\0\0\0state_dict}X\1\0\0\0x" + b"]" * depth + b"a" * (depth - 1) + b"u."
+        archives += [_with_pickle(archives[0], deep), deep]
+    return archives
+
+
+def _archive(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _with_pickle(data: bytes, content: bytes) -> bytes:
+    """The archive with another pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for info in old.infolist():
+            new.writestr(
+                zipfile.ZipInfo(info.filename), content if info.filename.endswith("data.pkl") else old.read(info)
+            )
+    return buffer.getvalue()
+
+
+HOSTILE = _hostile()
 
 CHANGES = {"safetensors": safetensors, "gguf": gguf, "json": folder_json, "pt": archive}
