@@ -14,6 +14,8 @@ GROUP_NORM_GROUPS = 32
 VAE_HEAD_DIM = 32
 POOL_HEADS = 8
 MLP_MULTIPLE = 256
+# No number of an architecture comes near it.
+LARGEST = 2**20
 
 
 def _must_divide(value: int, divisor: int, what: str) -> None:
@@ -29,12 +31,15 @@ def _is_number(value: Any) -> bool:
 
 # What a field of each type may hold, in words and as a test.
 _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    int: ("a whole number above 0", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
-    float: ("a number above 0", lambda v: _is_number(v) and v > 0),
+    int: (
+        f"a whole number above 0, at most {LARGEST}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST,
+    ),
+    float: (f"a number above 0, at most {LARGEST}", lambda v: _is_number(v) and 0 < v <= LARGEST),
     str: ("text", lambda v: isinstance(v, str)),
     tuple[int, ...]: (
-        "a list of whole numbers, none negative",
-        lambda v: isinstance(v, tuple) and all(isinstance(n, int) and n >= 0 for n in v),
+        f"a list of whole numbers, none negative or above {LARGEST}",
+        lambda v: isinstance(v, tuple) and all(isinstance(n, int) and 0 <= n <= LARGEST for n in v),
     ),
     tuple[bool, ...]: (
         "a list of true and false",
@@ -173,7 +178,7 @@ class VAEConfig:
         resamplings = len(self.decoder.channel_multipliers) - 1
         for name in ("temporal_factors", "spatial_factors"):
             factors = getattr(self, name)
-            if len(factors) != resamplings or min(factors) < 1:
+            if len(factors) != resamplings or min(factors, default=1) < 1:
                 raise ConfigError(
                     f"{name} is {factors}",
                     f"there must be {resamplings}, each 1 or more",
@@ -198,7 +203,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The T5 v1.1 encoder, in the names Hugging Face gives its numbers."""
+    """The T5 v1.1 encoder, in the names Hugging Face gives its numbers. Its feed-forward layers are always gated."""
 
     vocab_size: int = 32128
     d_model: int = 4096
@@ -210,6 +215,12 @@ class TextConfig:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
+
+    def __post_init__(self) -> None:
+        if self.feed_forward_proj != "gated-gelu":
+            raise ConfigError(
+                f"feed_forward_proj is {self.feed_forward_proj!r}", "it must be 'gated-gelu'", "Use a T5 v1.1 encoder"
+            )
 
     @classmethod
     def from_metadata(cls, values: Mapping[str, Any]) -> "TextConfig":

@@ -31,7 +31,7 @@ class LatentStatistics:
             return MOCHI_1_STATISTICS
         try:
             mean, std = (tuple(map(float, json.loads(metadata[f"latents_{name}"]))) for name in ("mean", "std"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise WeightsError(
                 f"The checkpoint's latent statistics cannot be read ({error!r})",
                 "latents_mean and latents_std must both be JSON lists of numbers",

@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def depth_of(names: Iterable[str], stem: str) -> int:
     """How many numbered modules `names` has behind `stem`, counted to the highest number."""
     numbers = {name[len(stem) :].partition(".")[0] for name in names if name.startswith(stem)}
-    return max((int(number) + 1 for number in numbers if number.isdigit() and len(number) < 5), default=0)
+    return max((int(number) + 1 for number in numbers if number.isdecimal() and len(number) < 5), default=0)
 
 
 def _shape(shapes: Shapes, name: str, axes: int, source: str) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def dit_from(shapes: Shapes, source: str) -> DiTConfig:
 
 def _mlp_ratio(shapes: Shapes, mlp: str, dim: int, usual: float) -> float:
     """The ratio that gives the width found; the usual one when there is no such layer or it fits."""
-    inner = shapes.get(f"blocks.0.{mlp}.w2.weight", (0, 0))[-1]
+    inner = (0, *shapes.get(f"blocks.0.{mlp}.w2.weight", ()))[-1]
     if not inner or gated_mlp_dim(dim, usual) == inner:
         return usual
     return math.ceil(inner * 3 / 2) / dim

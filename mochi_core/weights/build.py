@@ -1,7 +1,7 @@
 """Networks from files: the architecture from metadata or shapes, built on meta, filled with mapped tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,8 @@ from .formats import Entry
 
 # The T5's embedding has two names in transformers; files hold the first, or both.
 T5_SECOND_NAME = "encoder.embed_tokens.weight"
+# Far above what any model has.
+MOST_LAYERS = 1000
 
 TINY_ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
 TINY_NAME = "mochi-video-tiny"
@@ -81,7 +83,7 @@ def checked_dit(checkpoint: Checkpoint, entries: Entries) -> DiTConfig:
     """The architecture of the file's DiT, from metadata or shapes. Raises unless it is whole."""
     source, values = str(checkpoint.path), own_config(checkpoint)
     config = architecture.dit_from(shapes_of(entries), source) if values is None else DiTConfig.from_metadata(values)
-    check(AsymmDiT(config, device="meta"), entries, source)
+    check(_empty(lambda: AsymmDiT(config, device="meta"), config.depth, entries, source), entries, source)
     return config
 
 
@@ -138,9 +140,10 @@ def checked_vae(checkpoint: Checkpoint, decoder: Entries | None, encoder: Entrie
         config = architecture.vae_from(halves[0], halves[1], source)
     else:
         config = VAEConfig.from_metadata(values)
-    for kind, entries in ((Decoder, decoder), (Encoder, encoder)):
+    for kind, entries, half in ((Decoder, decoder, config.decoder), (Encoder, encoder, config.encoder)):
         if entries is not None:
-            check(kind(config, device="meta"), entries, source)
+            blocks = sum(half.num_res_blocks) + len(half.channel_multipliers)
+            check(_empty(lambda kind=kind: kind(config, device="meta"), blocks, entries, source), entries, source)
     return config
 
 
@@ -185,7 +188,7 @@ def checked_t5(checkpoint: Checkpoint, entries: Entries) -> TextConfig:
     source, values = str(checkpoint.path), own_config(checkpoint)
     config = architecture.text_from(shapes_of(entries), source) if values is None else TextConfig.from_metadata(values)
     both = entries | ({T5_SECOND_NAME: entries["shared.weight"]} if "shared.weight" in entries else {})
-    check(empty_t5(config), both, source)
+    check(_empty(lambda: empty_t5(config), config.num_layers, entries, source), both, source)
     return config
 
 
@@ -214,6 +217,25 @@ def load_tiny_tokenizer() -> Tokenizer:
 
 def shapes_of(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in entries.items()}
+
+
+def _empty(make: Callable[[], nn.Module], layers: int, entries: Entries, source: str) -> nn.Module:
+    """`make()`, a network without weights. Raises `WeightsError` when no file could hold it, or this one cannot."""
+    # A network takes memory for each of its layers even when they are empty.
+    if layers > min(len(entries), MOST_LAYERS):
+        raise WeightsError(
+            f"{source} is of {layers} layers and has {len(entries)} tensors",
+            f"each layer must have its own, and there may be {MOST_LAYERS}",
+            "The file is damaged or has only a part of the layers: get it again",
+        )
+    try:
+        return make()
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{source} has a config or shapes of impossible size ({error})",
+            "the model's tensors must fit an address space",
+            "The file is damaged: get it again",
+        ) from error
 
 
 def check(network: nn.Module, entries: Mapping[str, Entry], source: str) -> None:

@@ -1,6 +1,7 @@
 """A weight file as the loaders see it, whatever its format: its metadata and its weights, read when asked for."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .quantized import QuantizedLinear
 
 # How many names an error lists before it counts the rest.
 NAMES_SHOWN = 8
+# The types of numbers that are no weights, as readers name them.
+NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F4|F6_\w+|F8_(?!E4M3$|E5M2$)\w+|torch\..*")
 
 
 class Checkpoint:
@@ -109,10 +112,10 @@ def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source
 
 def check_floating(kinds: Mapping[str, str], source: str) -> None:
     """Raises `WeightsError` when a weight is of a type that no format of floats has. `kinds` are `Entry.kind`."""
-    whole_numbers = [name for name, kind in kinds.items() if kind[:1] in "UI" and kind[1:].isdigit()]
-    if whole_numbers:
+    others = [f"{name} in {kind}" for name, kind in kinds.items() if NO_WEIGHTS.fullmatch(kind)]
+    if others:
         raise WeightsError(
-            f"{source} has weights that are whole numbers: {listing('such', whole_numbers)}",
+            f"{source} has weights that are whole numbers or of an unknown kind: {listing('such', others)}",
             "weights must be floating point",
             "It may be packed by a quantiser this version does not read: get the file unpacked",
         )

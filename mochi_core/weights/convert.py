@@ -122,8 +122,8 @@ def _planned(
         if format in QUANTIZED:
             raise WeightsError(
                 f"The layout is diffusers and the format {format}",
-                f"nothing reads such a file: diffusers holds {', '.join(('keep', *FLOATS))}",
-                "Choose the layout comfy or genmo",
+                "nothing reads such a file: diffusers' layout is for floats",
+                f"Choose the layout comfy or genmo, or one of {', '.join(FLOATS)}",
             )
         yield from _diffusers(checkpoint, target, format, entries, metadata)
         return

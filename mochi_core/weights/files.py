@@ -5,6 +5,7 @@ file is trusted: no code in it runs, and no count in it is believed before it wa
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,9 @@ INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 # The parts of a diffusers pipeline, a folder each.
 PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder")
 LARGEST_JSON = 32 << 20
+LARGEST_METADATA = 1 << 20
+# How many times the size of a torch archive its tensors may be together: some are there under several names.
+MOST_SHARING = 4
 
 
 class Reader(Protocol):
@@ -37,9 +41,9 @@ class Reader(Protocol):
 def opened(path: str | Path) -> Reader:
     """A reader for a file or folder. Raises `WeightsError` when it is none that this library reads."""
     path = Path(path)
-    if path.is_dir():
+    if _is(path.is_dir):
         return Folder(path)
-    if not path.is_file():
+    if not _is(path.is_file):
         raise WeightsError(
             f"{path} does not exist or is no file",
             "a weight file must be a safetensors file, a GGUF file or a folder of shards",
@@ -58,10 +62,19 @@ def opened(path: str | Path) -> Reader:
     return SafetensorsFile(path)
 
 
+def _is(check: Callable[[], bool]) -> bool:
+    """What a path is; a name that no file can have, such as a very long one, is nothing."""
+    try:
+        return check()
+    except (OSError, ValueError):
+        return False
+
+
 class SafetensorsFile:
     """A safetensors file; tensors are views of the mapped file."""
 
     def __init__(self, path: Path):
+        self._path = path
         try:
             self._file = safe_open(path, framework="pt")
             self.names = tuple(self._file.keys())
@@ -80,7 +93,14 @@ class SafetensorsFile:
         return self._file.get_slice(name).get_dtype()
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{self._path} has {name} in {self.type_name(name)} ({error})",
+                "torch must have a type for each tensor",
+                "Get the file in another format",
+            ) from error
 
 
 class TorchFile:
@@ -89,13 +109,16 @@ class TorchFile:
     def __init__(self, path: Path):
         read: Callable[..., Any] = torch.load
         try:
-            try:
-                content = read(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # an archive of the old kind cannot be mapped
-                content = read(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # an archive of the old kind cannot be mapped
+            if mapped:
+                _refuse_squeezed(path)
+            content = read(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except WeightsError:
+            raise
         except Exception as error:  # the unpickler raises of every kind
+            what = f"{type(error).__name__} {error}".splitlines()[0][:200]
             raise WeightsError(
-                f"{path} cannot be read without running code from it: {str(error).splitlines()[0][:200]}",
+                f"{path} cannot be read without running code from it: {what}",
                 "only tensors and plain values are read from torch archives",
                 "Get the file as safetensors, or convert it where you trust it",
             ) from error
@@ -104,6 +127,7 @@ class TorchFile:
         self.names = tuple(self._tensors)
         if not self.names:
             raise WeightsError(f"{path} holds no tensors", "it must be a state dict", "Choose another file")
+        self._check_tensors(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
@@ -113,6 +137,40 @@ class TorchFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
+
+    def _check_tensors(self, path: Path) -> None:
+        """Raises `WeightsError` on sparse tensors and the like, and on few bytes that pose as many."""
+        strange = [name for name, tensor in self._tensors.items() if not _is_dense(tensor)]
+        if strange:
+            raise WeightsError(
+                f"{path} has {len(strange)} sparse, nested or quantised tensors, or without data, such as {strange[0]}",
+                "torch archives are read for plain tensors",
+                "Save them as plain tensors",
+            )
+        held, size = sum(tensor.nbytes for tensor in self._tensors.values()), path.stat().st_size
+        if held > MOST_SHARING * size:
+            raise WeightsError(
+                f"{path} ({size} bytes) has tensors of {held} bytes",
+                "each tensor must have its numbers in the file",
+                "Save it again with each tensor made contiguous",
+            )
+
+
+def _refuse_squeezed(path: Path) -> None:
+    """Raises `WeightsError` when an archive's parts are compressed or overlap: a few KB could become gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise WeightsError(
+            f"{path} is compressed, or unpacks to more than its size",
+            "torch archives are read where they lie",
+            "Save it again with torch.save",
+        )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and not tensor.is_quantized and not tensor.is_nested
 
 
 TYPE_NAMES = {
@@ -124,6 +182,10 @@ TYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.uint8: "U8",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
 }
 
 
@@ -137,11 +199,24 @@ def _state_dict(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, str]]:
     metadata: dict[str, str] = {}
     for name, value in content.items():
         if name != "state_dict" and isinstance(name, str):
-            try:
-                metadata[name] = json.dumps(value)
-            except TypeError:
-                continue  # a value that is no plain data means nothing here
+            text = _as_json(value)
+            if text is not None:  # a value that is no plain data means nothing here
+                metadata[name] = text
     return inner, metadata
+
+
+def _as_json(value: Any) -> str | None:
+    """A value as JSON, None when it is no plain data or very long: in a pickle, lists can hold each other many times."""
+    parts, size = [], 0
+    try:
+        for part in json.JSONEncoder().iterencode(value):
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST_METADATA:
+                return None
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return "".join(parts)
 
 
 class Folder:
@@ -221,10 +296,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for index in _indexes(folder):
         names = sorted(set(_weight_map(index).values()))
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if Path(name).name != name or name.endswith(".json") or not _is((folder / name).is_file):
                 raise WeightsError(
                     f"{index} names the file {name!r}, which is not in its folder",
-                    "an index names files beside it",
+                    "an index names weight files beside it",
                     "Download the folder again",
                 )
         return [folder / name for name in names]

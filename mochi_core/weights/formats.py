@@ -26,6 +26,7 @@ SCALED_MARKER = "scaled_fp8"
 SCALES = ("scale_weight", "weight_scale")
 INPUT_SCALES = ("scale_input", "input_scale")
 QUANT_CONF = "comfy_quant"
+LARGEST_CONF = 2**16
 # Packed blocks in safetensors: `<layer>.Q8_0_qweight` holds the bytes of `<layer>.weight`.
 PACKED_SUFFIXES = {f".{name}_qweight": BLOCK_FORMATS[name] for name in ("Q8_0", "Q4_0")}
 
@@ -48,7 +49,7 @@ class Scaled:
         return tuple(self.data.shape)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        return (self.data.to(torch.float32) * self.scale).to(dtype)
+        return self.data.to(torch.float32).mul_(self.scale).to(dtype)
 
 
 Weight = torch.Tensor | Scaled | Packed
@@ -136,11 +137,18 @@ def _scaled_entry(
 ) -> Entry:
     shape, scale_shape = reader.shape(name), reader.shape(scale_name)
     count = math.prod(scale_shape)
-    if reader.type_name(name) not in (*FLOAT8, *PLAIN) or count not in (1, *shape[:1]):
+    fits = count == 1 or (len(shape) == 2 and count == shape[0])
+    if reader.type_name(name) not in (*FLOAT8, *PLAIN) or reader.type_name(scale_name) not in PLAIN or not fits:
         raise WeightsError(
             f"{source} has {name} in {reader.type_name(name)} with a scale of shape {scale_shape}",
             "scaled weights are floats with one scale, or one for each row",
             "This quantisation is not read: get the file in another format",
+        )
+    if input_name and (reader.type_name(input_name) not in PLAIN or math.prod(reader.shape(input_name)) != 1):
+        raise WeightsError(
+            f"{source} has {input_name} of shape {reader.shape(input_name)} in {reader.type_name(input_name)}",
+            "activations have one scale",
+            "Get the file again",
         )
 
     wanted = () if count == 1 else (count, 1)
@@ -163,8 +171,10 @@ def _wide_by_conf(reader: Reader, name: str, source: str) -> bool:
     Raises `WeightsError` when the format is not scaled 8-bit floats, which would be read wrongly.
     """
     try:
+        if reader.type_name(name) != "U8" or math.prod(reader.shape(name)) > LARGEST_CONF:
+            raise ValueError("it must be a text")
         data = reader.tensor(name)
-        conf = json.loads(bytes(data.tolist())) if isinstance(data, torch.Tensor) else None
+        conf = json.loads(bytes(data.flatten().tolist())) if isinstance(data, torch.Tensor) else None
         said, is_wide = conf["format"], bool(conf.get("full_precision_matrix_mult", False))  # pyright: ignore
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError(f"{source} has an unreadable {name}", "it must be JSON", "Get the file again") from error

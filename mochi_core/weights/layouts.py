@@ -70,7 +70,7 @@ class Found:
 
     def owns(self, name: str) -> bool:
         """Whether the file's weight called `name` is this part's."""
-        return name.startswith(self.prefix) and not name[len(self.prefix) :].startswith(self.part.unused or ("\0",))
+        return name.startswith(self.prefix) and not name[len(self.prefix) :].startswith(self.part.unused)
 
 
 # diffusers' names
@@ -293,6 +293,13 @@ def applied(rules: Rules, theirs: Mapping[str, Entry]) -> dict[str, Entry]:
         for ending in (".weight", ".bias", ""):
             names = [f"{name}{ending}" for name in rule.theirs]
             if all(name in theirs for name in names):
+                shapes = {theirs[name].shape for name in names}
+                if len(shapes) > 1 or ((len(names) > 1 or rule.swap) and () in shapes):
+                    raise WeightsError(
+                        f"{', '.join(names)} have shapes {', '.join(map(str, sorted(shapes)))}",
+                        f"what becomes {rule.ours}{ending} must be rows, of each as many",
+                        "Get the file again",
+                    )
                 ours[f"{rule.ours}{ending}"] = _made([theirs[name] for name in names], rule.swap)
                 taken.update(names)
     return ours | {name: entry for name, entry in theirs.items() if name not in taken}

@@ -22,6 +22,7 @@ from ..errors import LoraError
 from . import files, layouts
 from .architecture import depth_of
 from .checkpoint import listing
+from .files import TYPE_NAMES
 from .formats import plain
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _known(layer: str, places: Mapping[str, _Place]) -> str:
 
 def _rank(path: Path, held: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> int:
     down, up = tensors["down"], tensors["up"]
-    floats = down.is_floating_point() and up.is_floating_point()
+    floats = all(tensor.dtype in TYPE_NAMES and tensor.is_floating_point() for tensor in (down, up))
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0] or not floats:
         raise LoraError(
             f"{path} has {held['down']} of shape {tuple(down.shape)} and {held['up']} of shape {tuple(up.shape)}",
@@ -193,6 +194,10 @@ def _magnitude(path: Path, names: Mapping[str, str], tensors: Mapping[str, torch
     found = tensors.get("magnitude")
     if found is None:
         return None
+    if found.dtype not in TYPE_NAMES or not found.is_floating_point():
+        raise LoraError(
+            f"{path} has {names['magnitude']} in {found.dtype}", "lengths must be floats", "Get the file again"
+        )
     if found.ndim == 2 and found.shape[0] == 1 < tensors["up"].shape[0]:
         raise LoraError(
             f"{path} has {names['magnitude']} of shape {tuple(found.shape)}: lengths of columns",
@@ -256,11 +261,17 @@ class _Scales:
 
     def __call__(self, target: str, spelling: str, rank: int, alpha: torch.Tensor | None) -> float:
         if alpha is not None:
-            return _finite(self.path, float(alpha.reshape(-1)[0]) / rank)
+            if alpha.numel() != 1 or alpha.dtype not in TYPE_NAMES:
+                raise LoraError(
+                    f"{self.path} has an alpha of shape {tuple(alpha.shape)} in {alpha.dtype} for {spelling}",
+                    "alpha must be one number",
+                    "Get the file again",
+                )
+            return _ratio(self.path, alpha.item(), rank)
         if self.peft is not None:
-            return _finite(self.path, _peft_scale(self.peft, spelling, rank))
+            return self._peft_scale(self.peft, spelling, rank)
         if self.genmo is not None:
-            return _finite(self.path, self._genmo_scale(target, rank))
+            return self._genmo_scale(target, rank)
         if not self.told:
             log.info("%s says nothing of alpha: taken as trained with alpha = rank", self.path)
             self.told = True
@@ -277,10 +288,30 @@ class _Scales:
                 "rank and alpha in its metadata must fit its tensors",
                 "The file is damaged: get it again",
             )
-        return alpha / rank
+        return _ratio(self.path, alpha, rank)
+
+    def _peft_scale(self, config: Mapping[str, Any], spelling: str, rank: int) -> float:
+        alpha, patterns = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
+        if not isinstance(patterns, Mapping):
+            raise LoraError(
+                f"{self.path} has alpha_pattern = {str(patterns)[:80]}",
+                "it must name layers and their alphas",
+                "Correct the adapter's config",
+            )
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", spelling):
+                alpha = value
+                break
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise LoraError(f"lora_alpha is {alpha!r}", "it must be a number", "Correct the adapter's config")
+        return _ratio(self.path, alpha, math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _finite(path: Path, scale: float) -> float:
+def _ratio(path: Path, alpha: float, rank: float) -> float:
+    try:
+        scale = alpha / rank
+    except OverflowError:  # a whole number that no float can hold
+        scale = math.inf
     if not math.isfinite(scale):
         raise LoraError(f"{path} has a scale of {scale}", "alpha must be a finite number", "Get the file again")
     return scale
@@ -309,14 +340,3 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
         return None
     values = files.read_json(beside)
     return values if isinstance(values, dict) else None
-
-
-def _peft_scale(config: Mapping[str, Any], spelling: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", spelling):
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise LoraError(f"lora_alpha is {alpha!r}", "it must be a number", "Correct the adapter's config")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -212,7 +212,9 @@ class Watched:
         except EOFError:
             kind = "ended the process"
         self.process.join()
-        outcome = Outcome(f"{kind} ({self.process.exitcode})", self.log.read_text()[-5000:], time.perf_counter() - start)
+        outcome = Outcome(
+            f"{kind} ({self.process.exitcode})", self.log.read_text()[-5000:], time.perf_counter() - start
+        )
         self.process = None
         return outcome
 

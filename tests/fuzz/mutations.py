@@ -17,7 +17,21 @@ from seeds import GGUF_TYPES, Seed, encoded_gguf, ggufs
 
 # Numbers that counters, sizes and offsets do not expect.
 NUMBERS = (0, 1, -1, 2, 3, 7, 16, 31, 32, 33, 48, 64, 96, 255, 256, 1000, 9999, 65535, 65536, 10**6, 10**7, 2**31 - 1)
-NUMBERS += (2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, -(2**31), -(2**63))
+NUMBERS += (
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**40,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    2**64,
+    10**30,
+    -(2**31),
+    -(2**63),
+)
 # What a JSON text may hold in the place of anything else.
 VALUES = (None, True, False, "", "a", "3", "\0", "\u202e", [], {}, [[]], [1], [1, "a"], {"a": 1}, 0.5, -0.0, 1e308)
 RAW_VALUES = ("1e999", "NaN", "-Infinity", "1e-400", "9" * 400, "9" * 5000, '"\\ud800"', "'a'", "", "01", "//", "\xff")
@@ -174,8 +188,28 @@ def folder_json(data: bytes, random: Random) -> bytes:
     return json_text(data, random, names)
 
 
-STRANGE_FILES = ("", ".", "..", "/", "../other.safetensors", "/etc/hostname", "a" * 300, "a" * 5000, "\0", "a\0b", "\ud800")
-STRANGE_FILES += ("model.safetensors.index.json", "other.safetensors.index.json", "config.json", "C:\\a", "a/b", "\n", "con")
+STRANGE_FILES = (
+    "",
+    ".",
+    "..",
+    "/",
+    "../other.safetensors",
+    "/etc/hostname",
+    "a" * 300,
+    "a" * 5000,
+    "\0",
+    "a\0b",
+    "\ud800",
+)
+STRANGE_FILES += (
+    "model.safetensors.index.json",
+    "other.safetensors.index.json",
+    "config.json",
+    "C:\\a",
+    "a/b",
+    "\n",
+    "con",
+)
 
 
 # safetensors
@@ -256,7 +290,11 @@ def _other_name(header: Any, data: bytes, random: Random) -> bytes:
         digits = [index for index, letter in enumerate(name) if letter.isdigit()]
         if digits:
             index = random.choice(digits)
-            new = name[:index] + random.choice(("9", "99", "9999", "10000", "999999999", "-1", "", "²")) + name[index + 1 :]
+            new = (
+                name[:index]
+                + random.choice(("9", "99", "9999", "10000", "999999999", "-1", "", "²"))
+                + name[index + 1 :]
+            )
     else:
         words = name.split(".")
         words[random.randrange(len(words))] = random.choice(("", "\0", "weight", "é", "a" * 1000, "0", "/"))
@@ -283,7 +321,9 @@ def _another(header: Any, data: bytes, random: Random) -> bytes:
         content = bytes(32 * bits // 8)
     else:
         dtype = random.choice(sorted(ITEM_BYTES))
-        shape = random.choice(([], [1], [2], [4], [1, 1], [4, 32], [32], [32, 1], [64, 1], [96], [96, 1], [512, 1], [2, 3, 4]))
+        shape = random.choice(
+            ([], [1], [2], [4], [1, 1], [4, 32], [32], [32, 1], [64, 1], [96], [96, 1], [512, 1], [2, 3, 4])
+        )
         size = ITEM_BYTES[dtype]
         for length in shape:
             size *= length
@@ -387,7 +427,9 @@ def _gguf_text(content: bytes, random: Random) -> bytes:
     if kind == 0:
         return any_bytes(content, random)
     if kind == 1:
-        words[random.randrange(len(words))] = random.choice(("", "weight", "9999", "99", "general", "config", "\0", "é"))
+        words[random.randrange(len(words))] = random.choice(
+            ("", "weight", "9999", "99", "general", "config", "\0", "é")
+        )
     elif kind == 2:
         words[-1] = random.choice(ENDINGS).strip(".")
     else:

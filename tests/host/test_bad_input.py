@@ -84,6 +84,18 @@ def test_unknown_choices_are_refused_when_queued(host: RunningHost, graph: Graph
     assert f"{option} is '{value}'" in refusal(host, graph)
 
 
+@pytest.mark.parametrize("attention", ["flash", "sage"])
+def test_a_kernel_that_this_device_cannot_run_is_refused_when_loading(
+    host: RunningHost, graph: Graph, attention: str
+) -> None:
+    if host.get("/system_stats")["devices"][0]["type"] != "cpu":
+        pytest.skip("this machine has a GPU")
+    graph.probe("Latent", graph.sampler(model=graph.dit(attention=attention)), "latents")
+    said = failure(host, graph)
+    assert f"attention is '{attention}' on cpu: {attention} needs an NVIDIA device" in said
+    assert "Choose auto or sdpa" in said
+
+
 def test_unknown_modes_of_sampler_and_decoder_are_refused_when_queued(host: RunningHost, graph: Graph) -> None:
     latent = graph.sampler(noise_device="tpu")
     graph.probe("Image", graph.decode(latent, mode="magic"), "image")

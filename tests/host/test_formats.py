@@ -16,7 +16,7 @@ from mochi_core.weights.checkpoint import Checkpoint
 from mochi_core.weights.convert import convert
 
 # Relative RMS of the sampled latents against those of the bfloat16 file, four steps.
-ALLOWED = {"all in one": 1e-5, "gguf": 0.05, "fp8 scaled": 0.2, "folder": 1e-5}
+ALLOWED = {"all in one": 1e-5, "gguf": 0.05, "fp8 scaled": 0.2, "folder": 1e-5, "fp8": 0.2, "q4_0": 0.5}
 
 
 def quantised(name: str, tensor: torch.Tensor) -> bool:
@@ -57,6 +57,9 @@ def files(host: RunningHost) -> dict[str, str]:
     convert(TINY_DIT, models / "diffusion_models" / "tiny_scaled.safetensors", "comfy", "fp8_scaled")
     convert(TINY_DIT, models / "diffusion_models" / "tiny_diffusers" / "transformer", "diffusers")
     convert(TINY_T5, models / "text_encoders" / "tiny_scaled_t5.safetensors", "comfy", "fp8_scaled")
+    for format in ("fp8", "q4_0"):
+        convert(TINY_DIT, models / "diffusion_models" / f"tiny_{format}.safetensors", "comfy", format)
+        convert(TINY_T5, models / "text_encoders" / f"tiny_{format}_t5.safetensors", "comfy", format)
     convert(TINY_T5, models / "text_encoders" / "tiny_hf", "diffusers")
     (models / "text_encoders" / "tiny_hf" / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
     return {
@@ -67,6 +70,10 @@ def files(host: RunningHost) -> dict[str, str]:
         "t5 fp8 scaled": "tiny_scaled_t5.safetensors",
         "folder": "tiny_diffusers/transformer/",
         "t5 folder": "tiny_hf/",
+        "fp8": "tiny_fp8.safetensors",
+        "t5 fp8": "tiny_fp8_t5.safetensors",
+        "q4_0": "tiny_q4_0.safetensors",
+        "t5 q4_0": "tiny_q4_0_t5.safetensors",
     }
 
 
@@ -93,6 +100,8 @@ def reference(host: RunningHost) -> torch.Tensor:
         ("gguf", "t5 gguf", None),
         ("fp8 scaled", "t5 fp8 scaled", None),
         ("folder", "t5 folder", None),
+        ("fp8", "t5 fp8", None),
+        ("q4_0", "t5 q4_0", None),
     ],
 )
 def test_every_kind_of_file_makes_the_video(
@@ -177,6 +186,25 @@ def test_loras_have_the_trained_strength_and_the_host_s_own_loader_works_too(
     assert relative_error(found["twice"], found["ours"]) < 1e-2
     assert relative_error(found["taken"], reference) < 2e-2
     assert torch.equal(found["zero"], reference) and torch.equal(found["after"], reference)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8 scaled"])
+def test_the_host_s_own_loader_patches_8_bit_weights(
+    host: RunningHost, files: dict[str, str], loras: dict[str, str], kind: str
+) -> None:
+    """It rounds what it patches to 8 bits again, which ours does not."""
+    graph = Graph()
+    dit = graph.dit(files[kind])
+    models = {
+        "plain": dit,
+        "native": native_lora(graph, dit, loras["one"], 1.0),
+        "ours": with_lora(graph, dit, loras["one"], 1.0),
+    }
+    for name, model in models.items():
+        graph.probe("Latent", graph.sampler(model=model), name)
+    plain, native, ours = (held["samples"] for held in host.tensors(graph, *models))
+    assert relative_error(ours, plain) > 0.05
+    assert relative_error(native, ours) < 0.7 * relative_error(ours, plain)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "fp8 scaled"])

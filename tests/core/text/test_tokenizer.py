@@ -1,4 +1,5 @@
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from mochi_core.errors import WeightsError
 from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, read_tokenizer
@@ -79,6 +80,53 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content):
             WeightsError, match=r"tokenizer.json cannot be read as a tokenizer: .*Take the tokenizer that"
         ):
             read_tokenizer(given)
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory):
+    """A folder with a small SentencePiece model, its special tokens as T5 has them."""
+    folder = tmp_path_factory.mktemp("spiece")
+    sentences = [f"a {colour} {shape} moving {way}" for colour in ("red", "green", "blue", "cyan")
+                 for shape in ("circle", "square", "triangle") for way in ("left", "right", "up", "down")]  # fmt: skip
+    train(folder / "spiece.model", sentences, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    return folder
+
+
+def train(path, sentences, **options):
+    with path.open("wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=30, minloglevel=2, **options
+        )
+
+
+@pytest.mark.parametrize("name", ("", "spiece.model"))
+def test_a_sentencepiece_model(spiece, name):
+    tokenizer = read_tokenizer(spiece / name)
+    expected = SentencePieceProcessor(model_file=str(spiece / "spiece.model")).encode("a red circle moving left")
+    tokens = tokenizer("a red circle moving left")
+    assert tokens.ids == (*expected, END_ID) and tokens.cut == ""
+    assert tokenizer.vocabulary()["</s>"] == END_ID and len(tokenizer.vocabulary()) == 30
+    assert tokenizer.text_of(list(tokens.ids[:-1])) == "a red circle moving left"
+
+
+def test_a_sentencepiece_model_cuts_and_says_what(spiece):
+    tokenizer = read_tokenizer(spiece)
+    tokens = tokenizer(LONG)
+    assert len(tokens.ids) == MAX_TOKENS and tokens.ids[-1] == END_ID
+    assert tokens.ids[:-1] == tuple(tokenizer.all_ids(LONG)[: MAX_TOKENS - 1])
+    assert LONG.strip().endswith(tokens.cut) and tokens.cut
+
+
+def test_a_sentencepiece_model_with_other_special_tokens_is_refused(spiece, tmp_path):
+    train(
+        tmp_path / "llama.model",
+        ["a red circle", "a blue square on the left"] * 9,
+        pad_id=-1,
+        eos_id=2,
+        hard_vocab_limit=False,
+    )
+    with pytest.raises(WeightsError, match="its padding is -1 and its end token 2"):
+        read_tokenizer(tmp_path / "llama.model")
 
 
 def test_a_truncated_tokenizer(tmp_path):
