@@ -21,7 +21,7 @@ INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 # The parts of a diffusers pipeline, a folder each.
 PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder")
 LARGEST_JSON = 32 << 20
-LARGEST_METADATA = 1 << 20
+LARGEST_METADATA = 1 << 16
 # How many times the size of a torch archive its tensors may be together: some are there under several names.
 MOST_SHARING = 4
 
@@ -206,7 +206,7 @@ def _state_dict(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, str]]:
 
 
 def _as_json(value: Any) -> str | None:
-    """A value as JSON, None when it is no plain data or very long: in a pickle, lists can hold each other many times."""
+    """A value as JSON, None when it is no plain data or very long: lists in a pickle can hold each other many times."""
     parts, size = [], 0
     try:
         for part in json.JSONEncoder().iterencode(value):

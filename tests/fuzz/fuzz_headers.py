@@ -1,7 +1,7 @@
 """Damaged weight files by the thousand: none may end the process, hang it, or make it take memory it has no use for.
 
-Whatever is wrong with a file, the library must say so with a `MochiError`, and a model that was loaded before must still
-give the same numbers. Each file goes through all that loads weights, in a process of its own that is watched:
+Whatever is wrong with a file, the library must say so with a `MochiError`, and a model that was loaded before must
+still give the same numbers. Each file goes through all that loads weights, in a process that is watched:
 
     python tests/fuzz/fuzz_headers.py --count 10000 --seed 0
 
@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import faulthandler
-import gc
 import json
 import logging
 import multiprocessing

@@ -118,12 +118,15 @@ def _unsigned(number: int, size: int) -> int:
 def json_text(data: bytes, random: Random, node: Callable[[Any, Random], Any] | None = None) -> bytes:
     """A JSON text with a value changed, or broken as text."""
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
+        return _other_json(json.loads(data), data, random, node or any_value)
+    except (ValueError, RecursionError):  # earlier changes have left no JSON, or one that is very deep
         return any_bytes(data, random)
+
+
+def _other_json(content: Any, data: bytes, random: Random, node: Callable[[Any, Random], Any]) -> bytes:
     kind = random.random()
     if kind < 0.65:
-        changed = (node or any_value)(content, random)
+        changed = node(content, random)
         return json.dumps(changed, separators=(",", ":")).encode("utf-8", "surrogatepass")
     if kind < 0.8:  # a value that no encoder writes
         marked = json.dumps(any_value(content, random, MARK), separators=(",", ":"))

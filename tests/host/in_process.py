@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
@@ -18,6 +19,7 @@ import comfy.patcher_extension  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 
 def pack():
@@ -33,9 +35,11 @@ def pack():
 
 nodes = pack()
 from mochi_core.weights.build import TINY_DIT, TINY_T5, TINY_TOKENIZER  # noqa: E402
+from mochi_core.weights.convert import convert  # noqa: E402
 
 native_dit = sys.modules["some_x_pack.nodes.native_dit"]
 native_clip = sys.modules["some_x_pack.nodes.native_clip"]
+native_lora = sys.modules["some_x_pack.nodes.native_lora"]
 
 
 def load(memory="auto"):
@@ -58,6 +62,49 @@ def sample(model, steps=3):
 
 def difference(a, b):
     return (a - b).abs().max().item()
+
+
+def quantised_findings():
+    """Packed and 8-bit models whole and partly loaded, with LoRAs beside their weights on clones of one model."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        lora = Path(folder) / "lora.safetensors"
+        generator = torch.Generator().manual_seed(2)
+        shapes = {"lora_A": (4, 192), "lora_B": (576, 4)}
+        held = {
+            f"blocks.{n}.attn.qkv_x.{k}": torch.randn(s, generator=generator) for n in (0, 2) for k, s in shapes.items()
+        }
+        save_file({name: tensor * 0.2 for name, tensor in held.items()}, lora)
+        for kind in ("q8_0", "fp8_scaled"):
+            file = Path(folder) / f"{kind}.safetensors"
+            convert(TINY_DIT, file, "comfy", kind)
+            model = native_dit.load_model(str(file), None, "auto", "auto")
+            plain = sample(model)
+            one, other = (native_lora.with_loras(model, [(str(lora), strength)]) for strength in (1.0, -0.5))
+            with_one, with_other = sample(one), sample(other)
+            found[f"{kind}_lora_effect"] = difference(with_one, plain)
+            found[f"{kind}_clones_apart"] = max(
+                difference(sample(one), with_one),
+                difference(sample(other), with_other),
+                difference(sample(model), plain),
+            )
+            found[f"{kind}_chained"] = difference(sample(native_lora.with_loras(one, [(str(lora), -1.0)])), plain)
+            if not getattr(one, "is_dynamic", lambda: False)():
+                one.patch_model(lowvram_model_memory=1)
+                found[f"{kind}_partly_loaded"] = difference(sample(one), with_one)
+                one.unpatch_model()
+            hooks = [h for layer in model.model.diffusion_model.modules() for h in layer._forward_hooks]
+            found[f"{kind}_hooks_left"] = len(hooks)
+
+            def stop(arguments, extra):
+                raise KeyboardInterrupt
+
+            one.set_model_patch_replace(stop, "dit", "double_block", 1)
+            try:
+                sample(one)
+            except KeyboardInterrupt:
+                found[f"{kind}_interrupted"] = difference(sample(model), plain)
+    return found
 
 
 @torch.inference_mode()
@@ -109,6 +156,7 @@ def main():
         found["partly_loaded_difference"] = difference(sample(partial), changed)
         partial.unpatch_model()
     found["unpatched_difference"] = difference(sample(load()), plain)
+    found |= quantised_findings()
     sys.stdout.write("FOUND" + json.dumps(found) + "\n")
 
 

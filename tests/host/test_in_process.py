@@ -45,3 +45,17 @@ def test_host_patches_apply_to_whole_and_partly_loaded_weights_alike(found: dict
     assert found["patch_effect"] > 1e-3
     assert found.get("partly_loaded_difference", 0) <= 5e-5
     assert found["unpatched_difference"] == 0
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "fp8_scaled"])
+def test_loras_beside_quantised_weights_belong_to_their_clone(found: dict[str, Any], kind: str) -> None:
+    assert found[f"{kind}_lora_effect"] > 1e-2
+    assert found[f"{kind}_clones_apart"] == 0
+    assert found[f"{kind}_chained"] <= 5e-5
+    assert found.get(f"{kind}_partly_loaded", 0) <= 5e-5
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "fp8_scaled"])
+def test_an_interrupted_run_leaves_no_lora_behind(found: dict[str, Any], kind: str) -> None:
+    assert found[f"{kind}_hooks_left"] == 0
+    assert found[f"{kind}_interrupted"] == 0
