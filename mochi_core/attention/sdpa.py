@@ -20,22 +20,13 @@ HOPPER = (SDPBackend.CUDNN_ATTENTION, *AMPERE)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """See `kernels.AttentionKernel`."""
-    # On a GPU a mask rules out the fast backends; elsewhere it costs little.
-    attend_here = attend_by_sample if q.device.type == "cuda" else attend_with_mask
+    """See `kernels.AttentionKernel`.
+
+    A ragged batch goes one sample at a time, without its masked keys: a mask rules out the fast backends of a GPU, and
+    costs time on a CPU too.
+    """
     with in_order(nvidia.capability(q.device)):
-        return attend_here(q, k, v, key_mask)
-
-
-def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """The whole batch in one call, masked keys included."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def attend_by_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """A ragged batch one sample at a time, without its masked keys."""
-    return each_sample(F.scaled_dot_product_attention, q, k, v, key_mask)
+        return each_sample(F.scaled_dot_product_attention, q, k, v, key_mask)
 
 
 def in_order(capability: tuple[int, int] | None) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ def empty_t5(config: TextConfig) -> T5EncoderModel:
         num_heads=config.num_heads,
         relative_attention_num_buckets=config.relative_attention_num_buckets,
         relative_attention_max_distance=config.relative_attention_max_distance,
-        layer_norm_epsilon=config.layer_norm_epsilon,
+        layer_norm_epsilon=float(config.layer_norm_epsilon),  # a whole number is refused
         feed_forward_proj=config.feed_forward_proj,
         dropout_rate=0.0,
     )

@@ -89,7 +89,7 @@ def test_attention(tmp_path: Path) -> None:
     assert all(error["max_abs"] < 1e-5 for error in result["errors"].values())
     assert result["cases"]["24 + 8"]["kernels"].keys() == {"reference", "sdpa"}
     ragged = result["cases"]["24 + 8 / 3"]
-    assert ragged["kernels"].keys() == {"reference", "sdpa", "sdpa by sample"} and not ragged["skipped"]
+    assert ragged["kernels"].keys() == {"reference", "sdpa", "sdpa with mask"} and not ragged["skipped"]
     assert ragged["kernels"]["sdpa"]["ratio_to_sdpa"] == 1
     assert all(len(row["times_s"]) == 2 and row["flops_per_s"] > 0 for row in ragged["kernels"].values())
 

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -22,9 +20,10 @@ needs_priority = pytest.mark.skipif(not sdpa.HAS_PRIORITY, reason="this torch ha
 @pytest.mark.parametrize("precision", sorted(TOLERANCE, key=str))
 def test_one_sample_at_a_time_is_the_mask(inputs, mask, precision):
     q, k, v = inputs(precision)
-    by_sample = sdpa.attend_by_sample(q, k, v, mask)
+    by_sample = sdpa.attend(q, k, v, mask)
     assert by_sample.dtype == precision
-    torch.testing.assert_close(by_sample, sdpa.attend_with_mask(q, k, v, mask), rtol=0, atol=TOLERANCE[precision])
+    with_mask = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+    torch.testing.assert_close(by_sample, with_mask, rtol=0, atol=TOLERANCE[precision])
     wide = [x.double() for x in (q, k, v)]
     torch.testing.assert_close(by_sample.double(), reference(*wide, mask), rtol=0, atol=TOLERANCE[precision])
 
@@ -38,16 +37,8 @@ def test_one_sample_at_a_time_gives_torch_no_mask(monkeypatch, inputs, mask):
         return fused(q, k, v)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", without_mask)
-    sdpa.attend_by_sample(q, k, v, mask)
+    sdpa.attend(q, k, v, mask)
     assert lengths == mask.sum(1).tolist()
-
-
-@pytest.mark.parametrize("device, way", (("cuda", "attend_by_sample"), ("cpu", "attend_with_mask")))
-def test_the_device_chooses_the_way(monkeypatch, pretend_capability, device, way):
-    pretend_capability(9, 0)
-    monkeypatch.setattr(sdpa, "attend_by_sample", lambda *_: "attend_by_sample")
-    monkeypatch.setattr(sdpa, "attend_with_mask", lambda *_: "attend_with_mask")
-    assert sdpa.attend(SimpleNamespace(device=torch.device(device)), None, None) == way
 
 
 @needs_priority
@@ -71,9 +62,9 @@ def test_backends_are_as_before_afterwards(inputs, mask):
     assert torch.backends.cuda.cudnn_sdp_enabled()
     with sdpa.in_order((8, 6)):
         assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
-        inside = sdpa.attend_by_sample(q, k, v, mask)
+        inside = sdpa.attend(q, k, v, mask)
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.equal(inside, sdpa.attend_by_sample(q, k, v, mask))
+    assert torch.equal(inside, sdpa.attend(q, k, v, mask))
 
 
 def test_other_devices_and_old_torch_keep_torchs_own_choice(monkeypatch):
