@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # a stamp for each ComfyUI that was set up
 HOST_READY := .venv/ready$(subst /,-,$(COMFYUI_PATH))
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test shows lint clean
 
 setup: $(HOST_READY)
 
@@ -30,6 +30,10 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest tests --import-mode=importlib
+
+# slow demonstrations; the tests have a shorter form of each
+shows: setup
+	$(BIN)/python tests/fuzz/fuzz_headers.py --count 10000
 
 clean:
 	rm -rf .venv .cache output

@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -50,14 +51,15 @@ def opened(path: str | Path) -> Reader:
             "Check the path, or download the file again",
         )
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(9)
     if path.name.endswith(".index.json"):
         return Folder(path.parent)
-    if start == b"GGUF":
+    if start.startswith(b"GGUF"):
         from .gguf_file import GGUFFile  # needs a package that not every machine has
 
         return GGUFFile(path)
-    if start.startswith(TORCH_MAGIC):
+    # A safetensors file starts with the length of its header, whose bytes may be any.
+    if start.startswith(TORCH_MAGIC) and start[8:] != b"{":
         return TorchFile(path)
     return SafetensorsFile(path)
 
@@ -116,10 +118,13 @@ class TorchFile:
         except WeightsError:
             raise
         except Exception as error:  # the unpickler raises of every kind
-            what = f"{type(error).__name__} {error}".splitlines()[0][:200]
+            # torch puts its own advice in the place of the error, which is to trust the file.
+            unsafe = isinstance(error, UnpicklingError)
+            what = error.__context__ if unsafe and error.__context__ else error
+            first = f"{type(what).__name__} {what}".splitlines()[0].partition(". ")[0]
             raise WeightsError(
-                f"{path} cannot be read without running code from it: {what}",
-                "only tensors and plain values are read from torch archives",
+                f"{path} cannot be read{' without running code from it' if unsafe else ''}: {first[:200].rstrip('.')}",
+                "only tensors and plain values are read from torch archives, and no code in them runs",
                 "Get the file as safetensors, or convert it where you trust it",
             ) from error
         tensors, self.metadata = _state_dict(content)
@@ -264,7 +269,16 @@ class _Shards:
                 "Choose the folder the weights are in",
             )
         readers = [opened(file) for file in files]
-        self._owners = {name: reader for reader in readers for name in reader.names}
+        self._owners: dict[str, Reader] = {}
+        for file, reader in zip(files, readers):
+            for name in reader.names:
+                if name in self._owners:
+                    raise WeightsError(
+                        f"{folder} has {name} in {file.name} and in another file",
+                        "a folder must hold one model",
+                        "Choose the file you want instead of the folder",
+                    )
+                self._owners[name] = reader
         promised = _promised(folder)
         missing = sorted(promised - self._owners.keys())
         if missing:

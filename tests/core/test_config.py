@@ -89,9 +89,22 @@ def test_vae_channels_must_fill_the_norm_groups():
         (VAEConfig, {"latent_channels": 0}),
         (VAEConfig, {"temporal_factors": [1, 2]}),
         (TextConfig, {"d_model": "wide"}),
+        (DiTConfig, {"hidden_size_x": 2**30}),
+        (DiTConfig, {"mlp_ratio_x": float("inf")}),
+        (DiTConfig, {"mlp_ratio_y": float("nan")}),
+        (VAEConfig, {"decoder": STAGES | {"num_res_blocks": [2**30] * 5}}),
+        (VAEConfig, {"temporal_factors": [], "spatial_factors": []}),
+        (TextConfig, {"feed_forward_proj": "relu"}),
+        (TextConfig, {"feed_forward_proj": "gated-"}),
     ],
     ids=str,
 )
 def test_metadata_of_a_wrong_type_or_sign(config, values):
     with pytest.raises(ConfigError):
         config.from_metadata(values)
+
+
+def test_a_vae_that_resamples_nowhere():
+    half = {"base_channels": 32, "channel_multipliers": [1], "num_res_blocks": [1, 1], "has_attention": [False] * 2}
+    config = VAEConfig.from_metadata({"temporal_factors": [], "spatial_factors": [], "decoder": half, "encoder": half})
+    assert config.decoder.channels == (32,)

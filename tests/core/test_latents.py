@@ -55,8 +55,11 @@ def test_statistics_of_a_file():
         metadata("null", "[1]"),
         metadata('["a"]', "[1]"),
         metadata("{", "{"),
+        metadata("9" * 400, "[1]"),
+        metadata(f"[{'9' * 400}]", "[1]"),
+        metadata("[" * 100_000, "[1]"),
     ],
-    ids=json.dumps,
+    ids=lambda given: json.dumps(given)[:60],
 )
 def test_statistics_that_cannot_be_read(given):
     with pytest.raises(WeightsError, match=r"cannot be read .*: latents_mean and latents_std must both be JSON lists"):

@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import faulthandler
-import json
 import logging
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,6 +48,7 @@ ADDRESS_SPACE = 4 * 2**30
 # How often a kind of seed is drawn.
 SHARES = {"safetensors": 0.5, "gguf": 0.27, "folder": 0.12, "archive": 0.11}
 
+WHOLE = "whole"
 KEPT = Path(__file__).parent.parent.parent / "output" / "fuzz"
 
 
@@ -110,8 +110,8 @@ class Witness:
 
 
 def measured(path: Path, witness: Witness) -> Outcome:
-    # "5" takes the peak back to what is in use.
-    Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):  # where it is not allowed, only a new peak counts
+        Path("/proc/self/clear_refs").write_text("5")  # takes the peak back to what is in use
     before, start = _memory("VmHWM"), time.perf_counter()
     try:
         loaded = attempt(path, witness)
@@ -236,19 +236,19 @@ class Watched:
 
     def stop(self) -> None:
         if self.process is not None:
-            self.connection.send(None)
-            self.process.join()
+            with contextlib.suppress(OSError):
+                self.connection.send(None)
+            self.process.join(SECONDS)
+            self.process.kill()
             self.process = None
 
 
-def cases(seed: int, numbers: Iterator[int]) -> Iterator[tuple[str, dict[str, bytes], str]]:
-    """Damaged files: their name, the files, and which is opened."""
+def cases(all_seeds: Sequence[Any], seed: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes], str]]:
+    """First all seeds as they are, then damaged ones: a name, the files, and which of them is opened."""
     from mutations import mutated
-    from seeds import seeds
 
-    all_seeds = seeds()
     for one in all_seeds:
-        yield f"whole {one.name}", one.files, one.opened
+        yield f"{WHOLE} {one.name}", one.files, one.opened
     by_kind = {kind: [one for one in all_seeds if one.kind == kind] for kind in SHARES}
     for number in numbers:
         random = Random(f"{seed} {number}")
@@ -292,9 +292,11 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace, watched: Watched, folder: Path) -> int:
+    # Not above: the watched process, which imports this module too, has no use for them.
     from seeds import seeds
 
-    model = next(one for one in seeds() if one.name == "dit")
+    all_seeds = seeds()
+    model = next(one for one in all_seeds if one.name == "dit")  # the LoRAs among them are for it
     watched.model.write_bytes(model.files[model.opened])
     if options.replay:
         for path in options.replay:
@@ -302,29 +304,29 @@ def run(options: argparse.Namespace, watched: Watched, folder: Path) -> int:
             print(f"{path}: {outcome.kind} {outcome.detail} ({outcome.seconds:.3f} s, {outcome.memory >> 10} KiB)")
         return 0
 
-    start, counts, failures, slowest, largest = time.perf_counter(), collections.Counter(), [], 0.0, 0
-    for name, files, opened in cases(options.seed, iter(range(options.first, options.first + options.count))):
+    start, counts, failures = time.perf_counter(), collections.Counter(), []
+    slowest, largest = (0.0, ""), (0, "")
+    for name, files, opened in cases(all_seeds, options.seed, range(options.first, options.first + options.count)):
         if time.perf_counter() - start > options.seconds:
             break
         case = folder / "case"
         write(files, case)
         outcome = watched.run(case / opened)
-        whole = name.startswith("whole ")
+        whole = name.startswith(WHOLE)
         if whole and outcome.kind == "refused":
             outcome = Outcome("refused a whole file")
-        slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.memory)
+        slowest, largest = max(slowest, (outcome.seconds, name)), max(largest, (outcome.memory, name))
         if outcome.failed:
             failures.append(keep(case, opened, outcome, options.keep / name.replace(" ", "_")))
             print(f"{failures[-1]}: {outcome.kind}: {(outcome.detail.splitlines() or [''])[-1]}", flush=True)
         elif not whole:
             counts[outcome.kind] += 1
     seconds = time.perf_counter() - start
-    counts["failures"] = len(failures)
-    print(json.dumps(counts))
     print(
-        f"{counts.total()} damaged files in {seconds:.0f} s: {counts['loaded']} loaded, {counts['refused']} refused, "
-        f"{len(failures)} failed; slowest {slowest:.2f} s, largest {largest / 2**20:.1f} MiB"
+        f"{counts.total() + len(failures)} damaged files in {seconds:.0f} s: {counts['loaded']} loaded, "
+        f"{counts['refused']} refused, {len(failures)} failed"
     )
+    print(f"slowest: {slowest[0]:.2f} s, {slowest[1]}; most memory: {largest[0] / 2**20:.1f} MiB, {largest[1]}")
     return 1 if failures else 0
 
 

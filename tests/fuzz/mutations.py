@@ -5,6 +5,7 @@ Every function takes bytes and a `Random`, and returns bytes; the same `Random` 
 
 import io
 import json
+import math
 import struct
 import warnings
 import zipfile
@@ -267,6 +268,7 @@ def _other_shape(header: Any, data: bytes, random: Random) -> bytes:
     entry["shape"] = random.choice(
         (shape[::-1], [count], [side, count // side], [count // side, side], [1, *shape], [*shape, 1], [1] * 30 + shape)
         + (([],) if count == 1 else ())
+        + (([shape[0], count // shape[0]],) if shape and shape[0] and count % shape[0] == 0 else ())
         + (([half, side // half, count // side],) if side % half == 0 else ())
     )
     return _whole(header, data)
@@ -307,41 +309,63 @@ def _other_name(header: Any, data: bytes, random: Random) -> bytes:
 
 
 def _another(header: Any, data: bytes, random: Random) -> bytes:
-    """A tensor more, such as belongs beside one that is there."""
+    """A tensor more, such as might belong beside one that is there."""
     name = _tensor(header, random).rpartition(".")[0] + random.choice(ENDINGS)
     kind = random.random()
-    if kind < 0.3:
-        content = random.choice(CONFS).encode("latin-1")
-        dtype, shape = "U8", [len(content)]
-    elif kind < 0.4:  # one number where JSON is expected
-        content, dtype, shape = struct.pack("<q", random.choice((-1, 0, 3, 2**33, 2**62))), "I64", []
-    elif kind < 0.5:  # nothing, in a shape that is huge but for one side
+    if kind < 0.2:  # nothing, in a shape that is huge but for one side
         side = random.choice((2**31, 2**40, 2**62, 2**63 - 1))
-        content, dtype, shape = b"", random.choice(DTYPES), random.choice(([0], [0, side], [side, 0], [side, side, 0]))
-    elif kind < 0.6:  # numbers of less than a byte
+        shape = random.choice(([0], [0, side], [side, 0], [side, side, 0]))
+        return _with(header, data, name, random.choice(DTYPES), shape, b"")
+    if kind < 0.4:  # numbers of less than a byte
         dtype, bits = random.choice((("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)))
-        shape = [4, 8]
-        content = bytes(32 * bits // 8)
-    else:
-        dtype = random.choice(sorted(ITEM_BYTES))
-        shape = random.choice(
-            ([], [1], [2], [4], [1, 1], [4, 32], [32], [32, 1], [64, 1], [96], [96, 1], [512, 1], [2, 3, 4])
-        )
-        size = ITEM_BYTES[dtype]
-        for length in shape:
-            size *= length
-        content = random.randbytes(size)
-    end = max((value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"), default=0)
+        return _with(header, data, name, dtype, [4, 8], bytes(32 * bits // 8))
+    shape = random.choice(([], [1], [2], [4, 32], [32], [96, 4], [512, 1], [2, 3, 4]))
+    return _with_random(header, data, name, shape, random)
+
+
+def _companion(header: Any, data: bytes, random: Random) -> bytes:
+    """A scale, a scale for activations or a format beside a weight, in the place of what was there."""
+    weights = [name for name in header if name.endswith(".weight")]
+    # Where a weight has a scale, the others mean something too.
+    scaled = [name for name in weights if {name[:-6] + "scale_weight", name[:-6] + "weight_scale"} & header.keys()]
+    name = random.choice(scaled if scaled and random.random() < 0.7 else weights)
+    shape = header[name]["shape"]
+    ending = random.choice(("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant", "comfy_quant"))
+    layer = name.removesuffix("weight")
+    if ending == "comfy_quant":
+        content = random.choice(CONFS).encode("latin-1")
+        if random.random() < 0.4:  # numbers where JSON is expected
+            content = struct.pack("<q", random.choice((-1, 0, 3, 2**33, 2**62)))
+            return _with(header, data, layer + ending, "I64", random.choice(([], [1])), content)
+        return _with(header, data, layer + ending, "U8", [len(content)], content)
+    side = shape[0] if shape else 1
+    sides = random.choice(([], [1], [1, 1], [side], [side, 1], [1, side], shape, shape[::-1], [2], [0], [side + 1]))
+    return _with_random(header, data, layer + ending, sides, random)
+
+
+def _with_random(header: Any, data: bytes, name: str, shape: list[int], random: Random) -> bytes:
+    dtype = random.choice(("F32", "F32", "BF16", "F16", *sorted(ITEM_BYTES)))
+    return _with(header, data, name, dtype, shape, random.randbytes(math.prod(shape) * ITEM_BYTES[dtype]))
+
+
+def _with(header: Any, data: bytes, name: str, dtype: str, shape: list[int], content: bytes) -> bytes:
+    """The file with this tensor too, in the place of one of that name."""
     if name in header:
-        name += "_"
+        return _with(*_without(header, data, {name}), name, dtype, shape, content)
+    end = max((value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"), default=0)
     header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(content)]}
     return _whole(header, data[:end] + content)
 
 
 def _one_less(header: Any, data: bytes, random: Random) -> bytes:
-    """Without some of the tensors, the rest moved together."""
+    """Without some of the tensors."""
     count = random.choice((1, 1, 2, len(header) // 2, len(header) - 2))
     gone = set(random.sample(sorted(name for name in header if name != "__metadata__"), max(1, count)))
+    return _whole(*_without(header, data, gone))
+
+
+def _without(header: Any, data: bytes, gone: set[str]) -> tuple[Any, bytes]:
+    """A header and its data without these, the rest moved together."""
     kept = bytearray()
     new: dict[str, Any] = {}
     for name, value in header.items():
@@ -351,7 +375,7 @@ def _one_less(header: Any, data: bytes, random: Random) -> bytes:
             start, stop = value["data_offsets"]
             new[name] = value | {"data_offsets": [len(kept), len(kept) + stop - start]}
             kept += data[start:stop]
-    return _whole(new, bytes(kept))
+    return new, bytes(kept)
 
 
 def _other_metadata(header: Any, data: bytes, random: Random) -> bytes:
@@ -379,7 +403,8 @@ def _edited(header: Any, data: bytes, random: Random) -> bytes:
     return _whole(header, data)
 
 
-STRUCTURED = (_other_shape, _other_name, _another, _one_less, _other_metadata, _other_metadata, _edited)
+STRUCTURED = (_other_shape, _other_shape, _other_name, _another, _companion, _companion, _one_less, _edited)
+STRUCTURED += (_other_metadata, _other_metadata)
 
 
 # GGUF

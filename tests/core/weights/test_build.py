@@ -235,3 +235,54 @@ def test_a_file_with_a_part_of_the_layers(changed, kept):
 def test_a_file_with_layers_missing_in_between(changed):
     gone = {name: None for name in Checkpoint(build.TINY_DIT).names if "blocks.1." in name}
     refused("dit", changed("dit", gone, metadata={"config": None}), r"does not fit AsymmDiT: 18 missing \(blocks.1.")
+
+
+# Numbers that would have a network built that is larger than any file
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("dit", {"depth": 10**6}),
+        ("dit", {"depth": 900}),
+        ("vae", {"decoder": {"num_res_blocks": [0, 1, 10**6, 1, 1]}}),
+        ("vae", {"encoder": {"num_res_blocks": [10**5, 0, 1, 0, 0]}}),
+        ("t5", {"num_layers": 10**6}),
+    ],
+)
+def test_a_config_of_more_layers_than_there_are_tensors(changed, part, change):
+    config = json.loads(Checkpoint(FILES[part]).metadata["config"])
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    refused(part, changed(part, metadata={"config": json.dumps(config)}), r"is of \d+ layers and has \d+ tensors")
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [("dit", "blocks.9999.zebra"), ("vae", "decoder.blocks.0.9999.zebra"), ("t5", "encoder.block.9999.zebra")],
+)
+def test_a_name_of_a_layer_far_away(changed, part, name):
+    path = changed(part, {name: torch.ones(1)}, metadata={"config": None})
+    refused(part, path, r"is of \d+ layers and has \d+ tensors")
+
+
+def test_digits_that_are_no_numbers(changed):
+    path = changed("dit", {"blocks.\u00b2.zebra": torch.ones(1)}, metadata={"config": None})
+    refused("dit", path, "1 unknown")
+
+
+def test_a_config_of_impossible_size(changed):
+    config = json.loads(Checkpoint(build.TINY_VAE).metadata["config"])
+    config["decoder"] |= {"base_channels": 2**20, "channel_multipliers": [2**20] * 4}
+    path = changed("vae", metadata={"config": json.dumps(config)})
+    refused("vae", path, "config or shapes of impossible size")
+
+
+def test_a_scalar_where_the_width_is_read(changed):
+    path = changed("dit", {"blocks.0.mlp_x.w2.weight": torch.ones(())}, metadata={"config": None})
+    refused("dit", path, r"blocks.0.mlp_x.w2.weight \(\) instead of")
+
+
+def test_an_epsilon_without_a_point(changed):
+    config = json.loads(Checkpoint(build.TINY_T5).metadata["config"]) | {"layer_norm_epsilon": 1}
+    assert build.load_t5(changed("t5", metadata={"config": json.dumps(config)})).config.layer_norm_epsilon == 1

@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -6,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mochi_core.errors import WeightsError
-from mochi_core.weights.checkpoint import NAMES_SHOWN, Checkpoint, check_names, fill
+from mochi_core.weights.checkpoint import NAMES_SHOWN, Checkpoint, check_floating, check_names, fill
 
 
 @pytest.fixture
@@ -31,6 +32,13 @@ class TestReading:
         checkpoint = Checkpoint(write({"a": torch.ones(1)}))
         assert checkpoint.metadata == {}
         assert checkpoint.json_metadata("config") is None
+
+    @pytest.mark.parametrize("size", (0x280, 0x380, 0x480, 0x580))
+    def test_a_header_as_long_as_other_files_start(self, tmp_path, size):
+        path = tmp_path / "weights.safetensors"
+        header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(size)
+        path.write_bytes(size.to_bytes(8, "little") + header + bytes(4))
+        assert Checkpoint(path).names == ("a",)
 
     def test_entries_know_shape_and_type_before_they_are_read(self, write):
         entries = Checkpoint(write({"a": torch.ones(2, 3), "b": torch.ones(1, dtype=torch.bfloat16)})).entries
@@ -87,6 +95,25 @@ class TestFilesThatCannotBeRead:
         path = write({f"layer{i}": torch.ones(100) for i in range(10)})
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
         self.refused(path, "cannot be read")
+
+    @pytest.mark.parametrize("kind, size", (("F6_E2M3", 24), ("F6_E3M2", 24)))
+    def test_types_that_torch_does_not_have(self, tmp_path, kind, size):
+        path = tmp_path / "weights.safetensors"
+        header = json.dumps({"a": {"dtype": kind, "shape": [4, 8], "data_offsets": [0, size]}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+        with pytest.raises(WeightsError, match=f"has a in {kind} .*torch must have a type.*another format"):
+            Checkpoint(path).tensor("a")
+
+
+@pytest.mark.parametrize("kind", ("BOOL", "U8", "I64", "C64", "F4", "F6_E2M3", "F8_E8M0", "F8_E4M3FNUZ", "torch.qint8"))
+def test_types_that_are_no_weights(kind):
+    with pytest.raises(WeightsError, match=rf"1 such \(a in {kind}\): weights must be floating point"):
+        check_floating({"a": kind}, "here")
+
+
+def test_types_of_weights():
+    kinds = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3 scaled", "Q8_0", "Q4_K", "IQ4_XS", "TQ1_0")
+    check_floating({kind: kind for kind in kinds}, "here")
 
 
 class TestFilling:

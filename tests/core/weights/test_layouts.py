@@ -5,6 +5,7 @@ import pytest
 
 from mochi_core.errors import WeightsError
 from mochi_core.weights import layouts
+from mochi_core.weights.formats import Entry
 
 DIT = ("pos_frequencies", "t5_yproj.weight", "blocks.0.attn.qkv_x.weight")
 VAE = (
@@ -57,3 +58,25 @@ def test_the_error_shows_names_of_a_foreign_file():
 def test_a_file_without_tensors():
     with pytest.raises(WeightsError, match=r"it holds another model \(no tensors\)"):
         layouts.find(holding(), layouts.T5)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((4, 4), (4, 4), (4, 8)), ((4, 4), (8, 4), (4, 4)), ((4, 4), (4,), (4, 4)), ((), (), ())],
+    ids=str,
+)
+def test_pieces_of_a_weight_must_be_alike(shapes):
+    rule = layouts.Rule("attn.qkv_x", ("to_q", "to_k", "to_v"))
+    theirs = {
+        f"{name}.weight": Entry(shape, "F32", lambda: pytest.fail("nothing is read"))
+        for name, shape in zip(rule.theirs, shapes)
+    }
+    with pytest.raises(WeightsError, match=r"^to_q.weight, to_k.weight, to_v.weight have shapes \("):
+        layouts.applied((rule,), theirs)
+
+
+def test_a_number_has_no_halves_to_swap():
+    rule = layouts.Rule("final_layer.mod", ("norm_out.linear",), swap=True)
+    entry = Entry((), "F32", lambda: pytest.fail("nothing is read"))
+    with pytest.raises(WeightsError, match=r"norm_out.linear.weight have shapes \(\)"):
+        layouts.applied((rule,), {"norm_out.linear.weight": entry})
