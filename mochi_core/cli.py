@@ -50,7 +50,7 @@ def convert(
             lambda name, done, total: bar.update(task, completed=done, total=total),
         )
     for file in written:
-        console.print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)
+        console.print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -77,7 +77,8 @@ class _said:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, MochiError | OSError):
-            errors.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+            errors.print("error:", style="red", end=" ")
+            errors.print(str(error), soft_wrap=True, highlight=False, markup=False)
             raise typer.Exit(1) from error
 
 

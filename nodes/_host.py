@@ -108,6 +108,8 @@ def valid_lora(name: str, value: str | None, folders: Sequence[str], or_none: bo
 
 # What the host does not list as models: GGUF files, and the files that make a folder one.
 OTHER_FILES = {".gguf", ".json", ".model"}
+# What belongs to a file or folder and lies beside it: a LoRA's settings, a VAE's statistics, a T5's tokenizer.
+BESIDE = ("adapter_config.json", "vae/config.json", "tokenizer")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -115,7 +117,10 @@ def _other_files(folder: str) -> list[str]:
     """Files of a model folder with endings that the host does not look for, through the host's cached listing."""
     key = f"mochi_video_{folder}"
     folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), OTHER_FILES)
-    return folder_paths.get_filename_list(key)
+    try:
+        return folder_paths.get_filename_list(key)
+    finally:  # its list of model folders is shown to users
+        del folder_paths.folder_names_and_paths[key]
 
 
 def _weight_folders(others: Sequence[str]) -> list[str]:
@@ -154,10 +159,11 @@ def model_path(name: str, folders: Sequence[str]) -> str:
     """Where the file or folder called `name` lies. Raises `WeightsError` when no model folder has it."""
     for folder in folders:
         if name.endswith("/"):
-            for root in map(Path, folder_paths.get_folder_paths(folder)):
-                path = (root / name).resolve()
-                if path.is_dir() and path.is_relative_to(root.resolve()):
-                    return str(path)
+            # Checked as it is written: what a user links into the folder is meant to be there.
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            found = [Path(root) / name for root in folder_paths.get_folder_paths(folder) if inside]
+            if any(path.is_dir() for path in found):
+                return str(next(path for path in found if path.is_dir()))
             continue
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
@@ -174,9 +180,13 @@ def stamp(names: Iterable[str | None], folders: Sequence[str]) -> str:
     stamps = []
     for name in names:
         try:
-            path = Path(model_path(name, folders)) if name and name not in (TINY_NAME, "auto", "none") else None
-            held = sorted(path.iterdir()) if path is not None and path.is_dir() else [path] if path else []
-            stamps += [f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}" for file in held]
+            if not name or name in (TINY_NAME, "auto", NO_LORA):
+                continue
+            path = Path(model_path(name, folders))
+            held = [path, *path.rglob("*"), *(path.parent / beside for beside in BESIDE)]
+            for file in sorted({file for one in held for file in ([one, *one.glob("*")] if one.is_dir() else [one])}):
+                if file.is_file():
+                    stamps.append(f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}")
         except (MochiError, OSError) as error:
             stamps.append(str(error))
     return " ".join(stamps)

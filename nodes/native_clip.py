@@ -192,7 +192,8 @@ def load_clip(path: str, tokenizer_path: str | Path, dtype: torch.dtype | None) 
             "Choose the tokenizer that belongs to it",
         )
     weights = wanted(file.entries, dtype)
-    weights["shared.weight"] = plain(weights["shared.weight"])
+    if not isinstance(weights["shared.weight"], torch.Tensor):  # an embedding cannot stay packed
+        weights["shared.weight"] = plain(weights["shared.weight"], torch.bfloat16)
     # Built on the CPU whatever the host would choose: the file's tensors become the parameters.
     held = weight_dtype(weights) or torch.bfloat16
     options = {"dtype": held, "initial_device": torch.device("cpu"), **quantized_options(weights)}

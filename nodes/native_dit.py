@@ -25,9 +25,11 @@ from . import _host
 from .native_weights import (
     describe_scales,
     fill_native,
+    floats,
     has_scales,
     is_mixed,
     loads_on_meta,
+    savable,
     wanted,
     weight_dtype,
 )
@@ -43,7 +45,9 @@ class NativeDiT(AsymmDiT):
     def __init__(self, config: DiTConfig, dtype: torch.dtype, operations: Any, **_: Any):
         # On the meta device whatever the host says: the file's tensors become the parameters.
         device = "meta" if loads_on_meta(operations) else "cpu"
-        super().__init__(config, operations=operations, dtype=dtype, device=device)
+        # Never made in 8 bits, in which norms, biases and position frequencies must not be.
+        made_in = torch.bfloat16 if dtype in FLOAT8.values() else dtype
+        super().__init__(config, operations=operations, dtype=made_in, device=device)
         self.dtype = dtype
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -89,7 +93,7 @@ class NativeDiT(AsymmDiT):
             out = replacement(arguments, {"original_block": original})
             return out["img"], out["txt"]
 
-        with attached(self, branches(transformer_options.get(LORAS, ()))):
+        with attached(self, branches(transformer_options.get(LORAS, ())), floats):
             return -super().forward(x, timestep, context, attention_mask, run_block=run_block)
 
 
@@ -134,6 +138,11 @@ class MochiModel(comfy.model_base.GenmoMochi):
         conds.pop("num_tokens", None)
         return conds
 
+    def state_dict_for_saving(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """The host's, with packed weights under the names that say so."""
+        state = super().state_dict_for_saving(*arguments, **named)
+        return savable(state, self.diffusion_model, "model.diffusion_model.")
+
     def memory_required(self, *shapes: Any, **named_shapes: Any) -> float:
         """Bytes a forward needs; a streamed model asks for all, so that the host keeps its weights out of VRAM."""
         required = super().memory_required(*shapes, **named_shapes)
@@ -174,6 +183,8 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str
 
     model = MochiModel(supported, memory)
     fill_native(model.diffusion_model, weights)
+    # Newer hosts note each weight's dtype when a network is made, and cast to it; ours have theirs only now.
+    getattr(comfy.model_management, "archive_model_dtypes", lambda network: None)(model.diffusion_model)
     for block in model.diffusion_model.blocks:
         block.attn.joint = PlainJointAttention(attention)
     patcher = _host.patcher(model, load_device, offload_device)

@@ -1,4 +1,4 @@
-"""LoRAs on the host's MODEL: as patches of weights that are floats, as branches beside weights that are not."""
+"""LoRAs on the host's MODEL: patches of weights that are floats; branches beside other weights, and for DoRA."""
 
 import logging
 from collections.abc import Sequence
@@ -34,16 +34,21 @@ def with_loras(model: Any, loras: Sequence[tuple[str, float]]) -> Any:
     clone = model.clone()
     for path, strength in loras:
         lora = read_lora(path, network)
-        quantized = {name for name in lora.layers if beside and is_quantized_layer(network.get_submodule(name))}
-        branch = {name: change for name, change in lora.layers.items() if name in quantized}
-        patched = {name: change for name, change in lora.layers.items() if name not in quantized}
+        branch = {n: change for n, change in lora.layers.items() if beside and _needs_branch(network, n, change)}
+        patched = {name: change for name, change in lora.layers.items() if name not in branch}
+        if any(change.magnitude is not None for change in patched.values()):
+            raise LoraError(
+                f"{path} is a DoRA, and the model is not from Mochi Video DiT Loader",
+                "the host's patches give another result than DoRA was trained for",
+                "Load the model with Mochi Video DiT Loader",
+            )
         if branch:
             options = clone.model_options.setdefault("transformer_options", {})
             options[LORAS] = (*options.get(LORAS, ()), (Lora(lora.source, branch, ()), strength))
         if patched and strength:
             clone.add_patches({f"diffusion_model.{name}.weight": _patch(c) for name, c in patched.items()}, strength)
         log.info(
-            "%s at strength %g: %d layers patched, %d beside quantised weights%s",
+            "%s at strength %g: %d layers patched, %d changed beside their weights%s",
             Path(path).name,
             strength,
             len(patched),
@@ -53,7 +58,11 @@ def with_loras(model: Any, loras: Sequence[tuple[str, float]]) -> Any:
     return clone
 
 
+def _needs_branch(network: torch.nn.Module, name: str, change: LowRank) -> bool:
+    """Whether a change cannot be a patch: of a weight that is no floats, or DoRA, which the host computes otherwise."""
+    return change.magnitude is not None or is_quantized_layer(network.get_submodule(name))
+
+
 def _patch(change: LowRank) -> LoRAAdapter:
     """A change as the host adds it to a weight: it divides by the rank what it is given as alpha."""
-    magnitude = None if change.magnitude is None else change.magnitude[:, None].to(torch.float32)
-    return LoRAAdapter(set(), (change.up, change.down, change.scale * change.rank, None, magnitude, None))
+    return LoRAAdapter(set(), (change.up, change.down, change.scale * change.rank, None, None, None))

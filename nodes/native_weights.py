@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from mochi_core.errors import LoraError
 from mochi_core.weights.blocks import Packed, dequantize
 from mochi_core.weights.checkpoint import replace
-from mochi_core.weights.formats import FLOAT8, QUANT_CONF, Entry, Scaled, Weight, is_quantized, plain
+from mochi_core.weights.formats import (
+    FLOAT8,
+    PACKED_SUFFIXES,
+    PLAIN,
+    QUANT_CONF,
+    Entry,
+    Scaled,
+    Weight,
+    is_quantized,
+    plain,
+)
 
 # Hosts before 0.4 have operations for files of scaled 8-bit floats; later ones have them for each layer.
 SCALED_BY_FILE = hasattr(comfy.ops, "scaled_fp8_ops")
@@ -34,6 +44,9 @@ class PackedLinear(comfy.ops.manual_cast.Linear):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
+        # Hosts that stream weights patch them here instead of asking `convert_weight`.
+        if self.weight_function or getattr(self, "weight_lowvram_function", None) is not None:
+            raise self._unpatchable()
         # The host moves the bytes; asked for their own dtype, it leaves them as they are.
         moved = comfy.ops.cast_bias_weight(
             self, dtype=torch.uint8, device=input.device, bias_dtype=input.dtype, offloadable=True
@@ -49,7 +62,10 @@ class PackedLinear(comfy.ops.manual_cast.Linear):
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_: Any) -> torch.Tensor:
         """The host asks this before it patches a weight: patches cannot be added to packed bytes."""
-        raise LoraError(
+        raise self._unpatchable()
+
+    def _unpatchable(self) -> LoraError:
+        return LoraError(
             f"A LoRA or other patch is for a layer that is packed as {self.format.name}",
             "the host's own loaders can only patch weights that are floats",
             "Use Mochi Video LoRA Loader, which works beside packed weights, or load the DiT with dtype bfloat16",
@@ -57,8 +73,39 @@ class PackedLinear(comfy.ops.manual_cast.Linear):
 
 
 def wanted(entries: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[str, Weight]:
-    """A file's weights, read; turned into `dtype` if one is given."""
-    return {name: plain(entry.load(), dtype) if dtype else entry.load() for name, entry in entries.items()}
+    """A file's weights, read; turned into `dtype` if one is given. What cannot stay packed becomes bfloat16."""
+    weights: dict[str, Weight] = {}
+    for name, entry in entries.items():
+        weight = entry.load()
+        unpacked = isinstance(weight, torch.Tensor) and entry.kind not in (*PLAIN, *FLOAT8)
+        to = dtype or (torch.bfloat16 if unpacked else None)
+        weights[name] = plain(weight, to) if to else weight
+    return weights
+
+
+def floats(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer of any kind as floats, where it lies."""
+    weight: Any = layer.weight
+    if isinstance(layer, PackedLinear):
+        return layer.dequantized(torch.float32)
+    if hasattr(weight, "_qdata"):
+        return weight.dequantize()
+    scale = getattr(layer, "scale_weight", None)
+    return weight.to(torch.float32) * (1 if scale is None else scale.to(weight.device))
+
+
+def savable(state: dict[str, Any], network: nn.Module, prefix: str) -> dict[str, Any]:
+    """A state dict of `network`, behind `prefix`, with packed weights as a safetensors file can hold them."""
+    suffixes = {block.name: suffix for suffix, block in PACKED_SUFFIXES.items()}
+    for name, layer in network.named_modules():
+        key = f"{prefix}{name}.weight"
+        if isinstance(layer, PackedLinear) and key in state:
+            weight = state.pop(key)
+            if layer.format.name in suffixes:
+                state[f"{prefix}{name}{suffixes[layer.format.name]}"] = weight
+            else:
+                state[key] = dequantize(weight, layer.format, torch.bfloat16)
+    return state
 
 
 def has_scales(weights: Mapping[str, Weight]) -> bool:

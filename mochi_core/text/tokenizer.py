@@ -105,7 +105,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     try:
         content = file.read_bytes()
         if content.lstrip()[:1] == b"{":
-            return JsonTokenizer(RustTokenizer.from_str(content.decode("utf-8")))
+            tokenizer = JsonTokenizer(RustTokenizer.from_str(content.decode("utf-8")))
+            if tokenizer.all_ids("") != [END_ID] or tokenizer.vocabulary().get("<pad>", PAD_ID) != PAD_ID:
+                raise ValueError("it does not end a text with token 1, or pads with another than 0")
+            return tokenizer
         processor = SentencePieceProcessor(model_proto=content)  # pyright: ignore[reportCallIssue]
         if (processor.pad_id(), processor.eos_id()) != (PAD_ID, END_ID):
             raise ValueError(f"its padding is {processor.pad_id()} and its end token {processor.eos_id()}")

@@ -24,7 +24,7 @@ def _shape(shapes: Shapes, name: str, axes: int, source: str) -> tuple[int, ...]
     if found is None or len(found) != axes or 0 in found:
         raise WeightsError(
             f"{source} has {'no ' + name if found is None else f'{name} of shape {found}'}",
-            f"the architecture is read from it: it must have {axes} axes",
+            "the architecture is read from it" + ("" if found is None else f": it must have {axes} axes"),
             "The file is incomplete or of another model: download it again",
         )
     return found

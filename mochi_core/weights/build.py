@@ -257,14 +257,20 @@ def _fill(
     network: nn.Module, entries: Mapping[str, Entry], source: str, dtype: torch.dtype | None, keep_quantized: bool
 ) -> None:
     dtype = dtype or compute_dtype(entries)
-    fill(network, {name: entry.load() for name, entry in entries.items()}, source, dtype, keep_quantized)
+    weights = {}
+    for name, entry in entries.items():
+        weight = entry.load()
+        # Cast at once, so that no more than one weight is there twice.
+        weights[name] = weight if keep_quantized and formats.is_quantized(weight) else formats.plain(weight, dtype)
+    fill(network, weights, source, dtype, keep_quantized)
 
 
 def own_config(checkpoint: Checkpoint) -> Any | None:
     """The `config` in a file's metadata, when the file holds one part only: of several it would describe one."""
     held = {part.title for part in layouts.PARTS if part.found_in(checkpoint.names) is not None}
     one_vae = held == {layouts.DECODER.title, layouts.ENCODER.title}
-    return checkpoint.json_metadata("config") if len(held) == 1 or one_vae else None
+    values = checkpoint.json_metadata("config") if len(held) == 1 or one_vae else None
+    return None if values == {} else values  # which says nothing
 
 
 def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics:

@@ -21,9 +21,9 @@ from ..latents import LatentStatistics
 from . import build, layouts
 from .blocks import BLOCK_FORMATS, Packed, quantize
 from .checkpoint import Checkpoint
-from .formats import FLOAT8, PACKED_SUFFIXES, PLAIN, SCALED_MARKER, Entry, Scaled, Weight, plain, quantized_float8
+from .formats import FLOAT8, PACKED_SUFFIXES, PLAIN, SCALED_MARKER, Entry, Scaled, Scales, plain, quantized_float8
 from .layouts import DECODER, DIT, ENCODER, T5, Part
-from .writer import Output, write_safetensors
+from .writer import Output, write_safetensors, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,16 @@ FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 @dataclass(frozen=True)
 class _File:
-    """One file to write; `marked` are the prefixes whose weights are scaled 8-bit floats."""
+    """One file to write, and the `config.json` to write beside it."""
 
     path: Path
     outputs: tuple[Output, ...]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None = None
+
+    @property
+    def config_path(self) -> Path:
+        return self.path.parent / "config.json"
 
 
 def convert(
@@ -70,8 +74,8 @@ def convert(
     `target` is a file when it ends in `.safetensors`, else a folder. `part` (`dit`, `vae` or `t5`) picks one of an
     all-in-one file. `progress(name, done, total)` is told of each tensor. Peak memory is that of a few tensors.
 
-    Raises `WeightsError` or `ConfigError` when the input cannot be read or the output cannot hold it; then nothing is
-    written, and what was there stays.
+    Raises `WeightsError` or `ConfigError` when the input cannot be read or the output cannot hold it. All that can
+    be told before numbers are read is checked before anything is written; each file appears whole or not at all.
     """
     _choice("layout", layout, LAYOUTS)
     _choice("format", format, FORMATS)
@@ -85,8 +89,13 @@ def convert(
     entries = {one: layouts.read(checkpoint, place) for one, place in found.items()}
     files = list(_planned(checkpoint, target, layout, format, entries))
     for file in files:
-        if file.path.exists() and (not overwrite or file.path.resolve() == Path(source).resolve()):
-            raise WeightsError(f"{file.path} is there already", "nothing is overwritten unasked", "Choose another name")
+        for path in (file.path, *((file.config_path,) if file.config is not None else ())):
+            if path.resolve() == Path(source).resolve():
+                raise WeightsError(f"{path} is the input", "it is read while it is written", "Choose another name")
+            if path.exists() and not overwrite:
+                raise WeightsError(
+                    f"{path} is there already", "nothing is overwritten unasked", "Choose another name, or overwrite"
+                )
 
     total, done = sum(len(file.outputs) for file in files), 0
 
@@ -98,7 +107,7 @@ def convert(
     for file in files:
         write_safetensors(file.path, file.outputs, file.metadata, advance)
         if file.config is not None:
-            (file.path.parent / "config.json").write_text(json.dumps(file.config, indent=2) + "\n", encoding="utf-8")
+            write_whole(file.config_path, (json.dumps(file.config, indent=2) + "\n").encode())
     return [file.path for file in files]
 
 
@@ -193,7 +202,10 @@ def _outputs(part: Part, held: Mapping[str, Entry], format: str, prefix: str) ->
         scaled = scaled or any(output.name.endswith(".scale_weight") for output in one)
         yield from one
     if scaled:
-        yield Output(f"{prefix}{SCALED_MARKER}", "F8_E4M3", (0,), lambda: torch.empty(0, dtype=torch.float8_e4m3fn))
+        # Two elements ask the host for products in 16 bits, as the input did.
+        wide = any(entry.scales is not None and entry.scales.wide_product for entry in held.values())
+        size = 2 if wide else 0
+        yield Output(f"{prefix}{SCALED_MARKER}", "F8_E4M3", (size,), lambda: torch.zeros(size).to(torch.float8_e4m3fn))
 
 
 def _tensors(name: str, entry: Entry, format: str) -> Iterator[Output]:
@@ -202,44 +214,66 @@ def _tensors(name: str, entry: Entry, format: str) -> Iterator[Output]:
     if format in FLOATS:
         yield _plain_output(name, entry, FLOATS[format])
     elif format == "fp8":
-        yield Output(name, "F8_E4M3", entry.shape, lambda: _float8(entry, scaled=False))
+        yield _float8_output(name, entry)
     elif format == "fp8_scaled":
-        yield from _scaled_outputs(name, entry, "F8_E4M3", lambda: _float8(entry, scaled=True), ())
+        kept = entry.scales if entry.kind == "F8_E4M3 scaled" else None
+        yield from _scaled_outputs(name, entry, "F8_E4M3", kept or Scales((), False, False))
     elif format in ("q8_0", "q4_0"):
         yield _packed_output(name, entry, format.upper())
     elif kind in BLOCK_FORMATS:
         yield _packed_output(name, entry, kind)
     elif kind.endswith(" scaled"):
-        yield from _scaled_outputs(name, entry, kind.removesuffix(" scaled"), entry.load, entry.scale_shape)
+        assert entry.scales is not None
+        yield from _scaled_outputs(name, entry, kind.removesuffix(" scaled"), entry.scales)
     else:
         yield Output(name, kind, entry.shape, lambda: plain(entry.load()))
 
 
 def _plain_output(name: str, entry: Entry, kind: str) -> Output:
-    return Output(name, kind, entry.shape, lambda: plain(entry.load(), FLOAT_DTYPES[kind]))
+    def load() -> torch.Tensor:
+        weight = plain(entry.load())
+        made = weight.to(FLOAT_DTYPES[kind])
+        if kind == "F16" and not made.isfinite().all() and weight.isfinite().all():
+            raise WeightsError(
+                f"{name} has values up to {weight.abs().max().item():g}", "float16 ends at 65504", "Choose bf16"
+            )
+        return made
+
+    return Output(name, kind, entry.shape, load)
 
 
-def _float8(entry: Entry, scaled: bool) -> Any:
-    """e4m3 of a weight; one that already is stays as it is."""
-    weight = entry.load()
-    same = isinstance(weight, Scaled) if scaled else entry.kind == "F8_E4M3"
-    if same and entry.kind.startswith("F8_E4M3"):
-        return weight
-    return quantized_float8(plain(weight, torch.float32), scaled)
+def _float8_output(name: str, entry: Entry) -> Output:
+    def load() -> torch.Tensor:
+        weight = entry.load()
+        if entry.kind == "F8_E4M3" and isinstance(weight, torch.Tensor):
+            return weight
+        made = quantized_float8(plain(weight, torch.float32), scaled=False)
+        assert isinstance(made, torch.Tensor)
+        return made
+
+    return Output(name, "F8_E4M3", entry.shape, load)
 
 
-def _scaled_outputs(
-    name: str, entry: Entry, kind: str, load: Callable[[], Weight], scale_shape: tuple[int, ...]
-) -> Iterator[Output]:
-    """A scaled weight and its scale. They lie far apart in the file, so each makes the weight anew."""
+def _scaled_outputs(name: str, entry: Entry, kind: str, scales: Scales) -> Iterator[Output]:
+    """A scaled weight and what belongs to it. They lie far apart in the file, so each makes the weight anew."""
 
     def made() -> Scaled:
-        weight = load()
+        weight = entry.load()
+        if not isinstance(weight, Scaled) or entry.kind != f"{kind} scaled":
+            weight = quantized_float8(plain(weight, torch.float32), scaled=True)
         assert isinstance(weight, Scaled)
         return weight
 
+    def input_scale() -> torch.Tensor:
+        scale = made().input_scale
+        assert scale is not None
+        return scale
+
+    layer = name.removesuffix("weight")
     yield Output(name, kind, entry.shape, lambda: made().data)
-    yield Output(name.removesuffix("weight") + "scale_weight", "F32", scale_shape, lambda: made().scale)
+    yield Output(f"{layer}scale_weight", "F32", scales.shape, lambda: made().scale)
+    if scales.has_input_scale:
+        yield Output(f"{layer}scale_input", "F32", (), input_scale)
 
 
 def _packed_output(name: str, entry: Entry, block_name: str) -> Output:

@@ -20,12 +20,15 @@ from .files import TYPE_NAMES, Reader
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 PLAIN = ("F64", "F32", "F16", "BF16")
+# What is made of unlike or scaled pieces: it comes in float32.
+UNPACKED = "unpacked"
 # The marker that a file of scaled 8-bit floats has, behind the model's prefix; and the names of a weight's companions,
 # older and newer.
 SCALED_MARKER = "scaled_fp8"
 SCALES = ("scale_weight", "weight_scale")
 INPUT_SCALES = ("scale_input", "input_scale")
 QUANT_CONF = "comfy_quant"
+QUANT_METADATA = "_quantization_metadata"
 LARGEST_CONF = 2**16
 # Packed blocks in safetensors: `<layer>.Q8_0_qweight` holds the bytes of `<layer>.weight`.
 PACKED_SUFFIXES = {f".{name}_qweight": BLOCK_FORMATS[name] for name in ("Q8_0", "Q4_0")}
@@ -49,7 +52,7 @@ class Scaled:
         return tuple(self.data.shape)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.data.to(torch.float32).mul_(self.scale).to(dtype)
+        return (self.data.to(torch.float32) * self.scale).to(dtype)
 
 
 Weight = torch.Tensor | Scaled | Packed
@@ -57,16 +60,33 @@ Weight = torch.Tensor | Scaled | Packed
 
 @dataclass(frozen=True)
 class Entry:
-    """A weight that is not read yet. `kind` is its type's name, such as `BF16`, `F8_E4M3 scaled` or `Q4_K`."""
+    """A weight that is not read yet. `kind` is its type's name, such as `BF16`, `F8_E4M3 scaled` or `Q4_K`.
+
+    `scales` tells of a scaled weight what a writer must know before it is read.
+    """
 
     shape: tuple[int, ...]
     kind: str
     load: Callable[[], Weight]
-    scale_shape: tuple[int, ...] = ()
+    scales: "Scales | None" = None
 
     @property
     def is_plain(self) -> bool:
         return self.kind in PLAIN
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What stands beside a scaled weight: the shape of its scale, and the fields of `Scaled` of the same names."""
+
+    shape: tuple[int, ...]
+    has_input_scale: bool
+    wide_product: bool
+
+
+def is_floating(kind: str) -> bool:
+    """Whether a type is one of floats, however packed; whole numbers are not."""
+    return not (kind[:1] in "UI" and kind[1:].isdigit()) and kind != "BOOL"
 
 
 def is_quantized(weight: Weight) -> bool:
@@ -86,6 +106,7 @@ def entries(reader: Reader, source: str) -> dict[str, Entry]:
     names = set(reader.names)
     markers = {name.removesuffix(SCALED_MARKER): reader.shape(name) for name in names if name.endswith(SCALED_MARKER)}
     wide = tuple(prefix for prefix, shape in markers.items() if math.prod(shape) == 2)
+    confs = _confs(reader, names, source)
     found: dict[str, Entry] = {}
     for name in reader.names:
         layer, _, last = name.rpartition(".")
@@ -100,12 +121,16 @@ def entries(reader: Reader, source: str) -> dict[str, Entry]:
                 raise WeightsError(f"{source} holds {target} twice", "it must be packed or not", "Get the file again")
             found[target] = _packed_entry(reader, name, PACKED_SUFFIXES[suffix], source)
             continue
-        scale = _first(names, layer, SCALES)
-        if last == "weight" and scale is not None:
-            is_wide = name.startswith(wide)
-            if f"{layer}.{QUANT_CONF}" in names:
-                is_wide = _wide_by_conf(reader, f"{layer}.{QUANT_CONF}", source)
-            found[name] = _scaled_entry(reader, name, scale, _first(names, layer, INPUT_SCALES), is_wide, source)
+        scales = [f"{layer}.{ending}" for ending in SCALES if f"{layer}.{ending}" in names]
+        if last == "weight" and (len(scales) > 1 or (layer in confs and not scales)):
+            raise WeightsError(
+                f"{source} has {len(scales)} scales for {name}",
+                "a scaled weight has one scale",
+                "This quantisation is not read: get the file in another format",
+            )
+        if last == "weight" and scales:
+            is_wide = confs.get(layer, name.startswith(wide))
+            found[name] = _scaled_entry(reader, name, scales[0], _first(names, layer, INPUT_SCALES), is_wide, source)
         else:
             found[name] = Entry(reader.shape(name), reader.type_name(name), lambda name=name: reader.tensor(name))
     return found
@@ -136,8 +161,8 @@ def _scaled_entry(
     reader: Reader, name: str, scale_name: str, input_name: str | None, wide_product: bool, source: str
 ) -> Entry:
     shape, scale_shape = reader.shape(name), reader.shape(scale_name)
-    count = math.prod(scale_shape)
-    fits = count == 1 or (len(shape) == 2 and count == shape[0])
+    one_for_all, one_for_each = ((), (1,), (1, 1)), (shape[:1], (*shape[:1], 1))
+    fits = scale_shape in one_for_all or (len(shape) == 2 and scale_shape in one_for_each)
     if reader.type_name(name) not in (*FLOAT8, *PLAIN) or reader.type_name(scale_name) not in PLAIN or not fits:
         raise WeightsError(
             f"{source} has {name} in {reader.type_name(name)} with a scale of shape {scale_shape}",
@@ -151,40 +176,62 @@ def _scaled_entry(
             "Get the file again",
         )
 
-    wanted = () if count == 1 else (count, 1)
+    wanted = () if scale_shape in one_for_all else (shape[0], 1)
 
     def load() -> Scaled:
         data, scale = reader.tensor(name), reader.tensor(scale_name)
         given = reader.tensor(input_name) if input_name else None
         assert isinstance(data, torch.Tensor) and isinstance(scale, torch.Tensor)
         scale = scale.to(torch.float32).reshape(wanted)
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise WeightsError(
+                f"{source} has {scale_name} with values such as {scale.min().item()}",
+                "scales must be finite and above 0",
+                "The file is damaged: download it again",
+            )
         if isinstance(given, torch.Tensor):
             given = given.to(torch.float32).reshape(())
         return Scaled(data, scale, given, wide_product)  # pyright: ignore[reportArgumentType]
 
-    return Entry(shape, f"{reader.type_name(name)} scaled", load, wanted)
+    about = Scales(wanted, input_name is not None, wide_product)
+    return Entry(shape, f"{reader.type_name(name)} scaled", load, about)
 
 
-def _wide_by_conf(reader: Reader, name: str, source: str) -> bool:
-    """Newer files say a layer's format in JSON: whether its products want 16 bits.
+def _confs(reader: Reader, names: set[str], source: str) -> dict[str, bool]:
+    """Newer files say a layer's format in JSON, in a tensor beside it or for all layers in the metadata.
 
-    Raises `WeightsError` when the format is not scaled 8-bit floats, which would be read wrongly.
+    Returns which layers have one, and whether their products want 16 bits. Raises `WeightsError` when a format is not
+    scaled 8-bit floats: it would be read wrongly.
     """
+    said: dict[str, object] = {}
     try:
-        if reader.type_name(name) != "U8" or math.prod(reader.shape(name)) > LARGEST_CONF:
-            raise ValueError("it must be a text")
-        data = reader.tensor(name)
-        conf = json.loads(bytes(data.flatten().tolist())) if isinstance(data, torch.Tensor) else None
-        said, is_wide = conf["format"], bool(conf.get("full_precision_matrix_mult", False))  # pyright: ignore
+        if QUANT_METADATA in reader.metadata:
+            layers = json.loads(reader.metadata[QUANT_METADATA])["layers"]
+            said |= {layer: conf for layer, conf in layers.items() if f"{layer}.weight" in names}
+        for name in names:
+            if name.endswith(f".{QUANT_CONF}"):
+                if reader.type_name(name) != "U8" or math.prod(reader.shape(name)) > LARGEST_CONF:
+                    raise ValueError(f"{name} must be a text")
+                data = reader.tensor(name)
+                said[name.removesuffix(f".{QUANT_CONF}")] = json.loads(bytes(data.flatten().tolist()))  # pyright: ignore
+        formats = {layer: conf["format"] for layer, conf in said.items()}  # pyright: ignore[reportIndexIssue]
+        wide = {layer: bool(conf.get("full_precision_matrix_mult")) for layer, conf in said.items()}  # pyright: ignore
+        if not all(isinstance(format, str) for format in formats.values()):
+            raise TypeError("a format is a name")
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise WeightsError(f"{source} has an unreadable {name}", "it must be JSON", "Get the file again") from error
-    if said not in ("float8_e4m3fn", "float8_e5m2"):
         raise WeightsError(
-            f"{source} has {name} of format {said!r}",
-            "float8_e4m3fn and float8_e5m2 are read",
-            "Get the file in another format",
-        )
-    return is_wide
+            f"{source} has an unreadable {QUANT_CONF} or {QUANT_METADATA} ({error!r})",
+            "they must be JSON that names formats",
+            "Get the file again",
+        ) from error
+    for layer, format in formats.items():
+        if format not in ("float8_e4m3fn", "float8_e5m2"):
+            raise WeightsError(
+                f"{source} has {layer} of format {format!r}",
+                "float8_e4m3fn and float8_e5m2 are read",
+                "Get the file in another format",
+            )
+    return wide
 
 
 # Rows
@@ -226,9 +273,14 @@ def swapped(weight: Weight) -> Weight:
 
 
 def quantized_float8(weight: torch.Tensor, scaled: bool) -> Weight:
-    """A matrix in e4m3; `scaled` so that its largest value is the largest that e4m3 holds."""
+    """A matrix in e4m3; `scaled` so that its largest value is the largest that e4m3 holds.
+
+    Raises `WeightsError` when it has values that are not numbers.
+    """
     limits = torch.finfo(torch.float8_e4m3fn)
     wide = weight.to(torch.float32)
+    if not wide.isfinite().all():
+        raise WeightsError("A weight to store in 8 bits is not finite", "it must be numbers", "Get the file again")
     if not scaled:
         return wide.clamp(limits.min, limits.max).to(torch.float8_e4m3fn)
     scale = (wide.abs().max() / limits.max).clamp(min=torch.finfo(torch.float32).tiny)

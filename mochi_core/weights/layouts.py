@@ -314,8 +314,10 @@ def _made(pieces: Sequence[Entry], swap: bool) -> Entry:
         return formats.swapped(weight) if swap else weight
 
     height = sum(piece.shape[0] for piece in pieces)
-    first = pieces[0].kind  # what is joined of unlike or scaled pieces comes in float32
-    kind = first if len({piece.kind for piece in pieces}) == 1 and not first.endswith("scaled") else "F32"
+    kinds = [piece.kind for piece in pieces]
+    strange = [kind for kind in kinds if not formats.is_floating(kind)]
+    alike = len(set(kinds)) == 1 and pieces[0].scales is None
+    kind = strange[0] if strange else kinds[0] if alike else formats.UNPACKED
     return Entry((height, *pieces[0].shape[1:]), kind, load)
 
 

@@ -4,7 +4,7 @@ The layer's own weight is never touched, so any format of it will do, order mean
 every bit as it was.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ..errors import LoraError
 from .lora_file import Lora, LowRank
+from .quantized import QuantizedLinear
 
-__all__ = ["Branch", "attached", "branches"]
+WeightOf = Callable[[nn.Module], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,16 @@ class Branch:
 
     changes: tuple[tuple[LowRank, float], ...]
 
-    def __call__(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: nn.Module, x: torch.Tensor, weight_of: WeightOf) -> torch.Tensor:
         """What to add to the layer's output for `x`: `... I` -> `... O`."""
         added = None
         for change, strength in self.changes:
             if change.magnitude is None:
-                up = (change.up.to(x.device, torch.float32) * (strength * change.scale)).to(x.dtype)
-                one = F.linear(F.linear(x, change.down.to(x)), up)
+                inner = F.linear(x, change.down.to(x)) * (strength * change.scale)
+                one = F.linear(inner, change.up.to(x))
             else:
-                one = F.linear(x, (dora_difference(change, _weight(layer, x)) * strength).to(x.dtype))
+                weight = weight_of(layer).to(x.device, torch.float32)
+                one = F.linear(x, (dora_difference(change, weight) * strength).to(x.dtype))
             added = one if added is None else added + one
         assert added is not None
         return added
@@ -44,15 +46,13 @@ def dora_difference(change: LowRank, weight: torch.Tensor) -> torch.Tensor:
     assert change.magnitude is not None
     down, up, magnitude = (x.to(weight) for x in (change.down, change.up, change.magnitude))
     moved = weight + change.scale * (up @ down)
-    length = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    length = torch.linalg.vector_norm(moved, dim=1, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
     return moved * (magnitude[:, None] / length) - weight
 
 
-def _weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The layer's own weight in float32 where `x` is."""
-    dequantized: Any = getattr(layer, "dequantized", None)
-    weight: Any = layer.weight if dequantized is None else dequantized(torch.float32)
-    return weight.to(x.device, torch.float32)
+def own_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer of torch's or of this library's as floats, `O I`."""
+    return layer.dequantized(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight  # pyright: ignore
 
 
 def branches(loras: Sequence[tuple[Lora, float]]) -> dict[str, Branch]:
@@ -66,8 +66,11 @@ def branches(loras: Sequence[tuple[Lora, float]]) -> dict[str, Branch]:
 
 
 @contextmanager
-def attached(network: nn.Module, by_layer: Mapping[str, Branch]) -> Iterator[None]:
+def attached(network: nn.Module, by_layer: Mapping[str, Branch], weight_of: WeightOf = own_weight) -> Iterator[None]:
     """The network with branches beside its layers, as long as the block runs.
+
+    Whoever else runs the same network meanwhile, in another thread, has them too. `weight_of` gives a layer's weight as
+    floats, for DoRA.
 
     Raises `LoraError` when the network has no layer of a name.
     """
@@ -80,15 +83,15 @@ def attached(network: nn.Module, by_layer: Mapping[str, Branch]) -> Iterator[Non
                 raise LoraError(
                     f"The LoRA changes {name}", f"{type(network).__name__} has no such layer", "Choose another LoRA"
                 ) from error
-            handles.append(layer.register_forward_hook(_hook(branch)))
+            handles.append(layer.register_forward_hook(_hook(branch, weight_of)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(branch: Branch) -> Any:
+def _hook(branch: Branch, weight_of: WeightOf) -> Any:
     def add(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + branch(layer, inputs[0])
+        return output + branch(layer, inputs[0], weight_of)
 
     return add

@@ -6,9 +6,7 @@ each layer. Their names are ours, diffusers', or either with underscores; diffus
 Shapes: `R` rank, `I` input features, `O` output features.
 """
 
-import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from .architecture import depth_of
 from .checkpoint import listing
 from .files import TYPE_NAMES
 from .formats import plain
+from .lora_scale import Scales
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +39,33 @@ PREFIXES = (
 )
 # What a layer's tensors are called behind its name, by what they are.
 ENDINGS = {
-    "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora_down.weight", ".lora.down.weight"),
-    "up": (".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora_up.weight", ".lora.up.weight"),
+    "down": (
+        ".lora_A.weight",
+        ".lora_A",
+        ".lora_down.weight",
+        ".lora.down.weight",
+        "_lora.down.weight",
+        ".lora_linear_layer.down.weight",
+    ),
+    "up": (
+        ".lora_B.weight",
+        ".lora_B",
+        ".lora_up.weight",
+        ".lora.up.weight",
+        "_lora.up.weight",
+        ".lora_linear_layer.up.weight",
+    ),
     "alpha": (".alpha",),
     "magnitude": (
         ".dora_scale",
         ".lora_magnitude_vector",
         ".lora_magnitude_vector.weight",
-        ".lora_magnitude_vector.default.weight",
     ),
 }
-PEFT_METADATA = "lora_adapter_metadata"
-PEFT_CONFIG = "adapter_config.json"
+# PEFT puts an adapter's name before the last part, as in `lora_A.default.weight`.
+ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.\w+\.weight$")
+# Kinds of change that are no low-rank product, by what their tensors are called.
+OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "boft_": "BOFT"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,9 @@ def read_lora(path: str | Path, network: nn.Module) -> Lora:
         held[place][what], spellings[place] = name, spelling
     for place in [place for place, names in held.items() if not {"down", "up"} <= names.keys()]:
         unmatched += held.pop(place).values()
+    others = sorted({kind for mark, kind in OTHER_KINDS.items() for name in unmatched if mark in name})
+    if not held and others:
+        raise LoraError(f"{path} is a {' and '.join(others)}", "only LoRA and DoRA are read", "Choose another file")
     if not held:
         raise LoraError(
             f"{path} has no LoRA for this model: it holds {listing('tensors', reader.names) or 'nothing'}",
@@ -129,7 +146,7 @@ def read_lora(path: str | Path, network: nn.Module) -> Lora:
     if unmatched:
         log.warning("%s: %s belong to no layer of this model and are not used", path, listing("tensors", unmatched))
 
-    scale_of = _Scales(path, reader.metadata)
+    scale_of = Scales(path, reader.metadata)
     pieces: dict[str, dict[_Place, LowRank]] = {}
     for place, names in held.items():
         tensors = {what: plain(reader.tensor(name)) for what, name in names.items()}
@@ -162,10 +179,11 @@ def _places(shapes: Mapping[str, Any]) -> dict[str, _Place]:
 
 def _parsed(name: str) -> tuple[str, str | None]:
     """The name of a tensor's layer as the file spells it, and what the tensor is to it."""
+    plain_name = ADAPTER_NAME.sub(r"\1.weight", name)
     for what, endings in ENDINGS.items():
         for ending in endings:
-            if name.endswith(ending):
-                return name.removesuffix(ending), what
+            if plain_name.endswith(ending):
+                return plain_name.removesuffix(ending), what
     return name, None
 
 
@@ -180,6 +198,12 @@ def _known(layer: str, places: Mapping[str, _Place]) -> str:
 def _rank(path: Path, held: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> int:
     down, up = tensors["down"], tensors["up"]
     floats = all(tensor.dtype in TYPE_NAMES and tensor.is_floating_point() for tensor in (down, up))
+    if floats and not (down.float().isfinite().all() and up.float().isfinite().all()):
+        raise LoraError(
+            f"{path} has values in {held['down']} or {held['up']} that are not finite",
+            "a change must be numbers",
+            "The file is damaged, or its training diverged: choose another one",
+        )
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0] or not floats:
         raise LoraError(
             f"{path} has {held['down']} of shape {tuple(down.shape)} and {held['up']} of shape {tuple(up.shape)}",
@@ -236,107 +260,19 @@ def _whole(path: Path, target: str, shape: tuple[int, int], pieces: Mapping[_Pla
             "a layer has them for all of its rows or for none",
             "Train the adapter on q, k and v together",
         )
-    up = torch.zeros(outputs, sum(change.rank for change in changes.values()))
+    # Pieces of one scale keep the file's dtype; others get their scales multiplied in.
+    scales = {change.scale for change in changes.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    dtype = torch.float32 if scales else changes[min(changes)].up.dtype
+    up = torch.zeros(outputs, sum(change.rank for change in changes.values()), dtype=dtype)
     column = 0
     for index, change in sorted(changes.items()):
-        block = change.up.to(torch.float32) * change.scale
+        block = change.up.to(torch.float32) * (change.scale / scale) if scales else change.up
         up[index * height : (index + 1) * height, column : column + change.rank] = block
         column += change.rank
-    down = torch.cat([change.down.to(torch.float32) for _, change in sorted(changes.items())])
+    down = torch.cat([change.down for _, change in sorted(changes.items())])
     magnitude = torch.cat(magnitudes) if magnitudes else None
     if swap:
         up = torch.cat(up.chunk(2)[::-1])
         magnitude = None if magnitude is None else torch.cat(magnitude.chunk(2)[::-1])
-    return LowRank(down, up, 1.0, magnitude)
-
-
-class _Scales:
-    """What a file says of alpha and rank: `scale = alpha / rank` for each layer."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, str]):
-        self.path = path
-        self.genmo = _parsed_json(path, metadata.get("kwargs"), "kwargs")
-        self.peft = _peft_config(path, metadata)
-        self.told = False
-
-    def __call__(self, target: str, spelling: str, rank: int, alpha: torch.Tensor | None) -> float:
-        if alpha is not None:
-            if alpha.numel() != 1 or alpha.dtype not in TYPE_NAMES:
-                raise LoraError(
-                    f"{self.path} has an alpha of shape {tuple(alpha.shape)} in {alpha.dtype} for {spelling}",
-                    "alpha must be one number",
-                    "Get the file again",
-                )
-            return _ratio(self.path, alpha.item(), rank)
-        if self.peft is not None:
-            return self._peft_scale(self.peft, spelling, rank)
-        if self.genmo is not None:
-            return self._genmo_scale(target, rank)
-        if not self.told:
-            log.info("%s says nothing of alpha: taken as trained with alpha = rank", self.path)
-            self.told = True
-        return 1.0
-
-    def _genmo_scale(self, target: str, rank: int) -> float:
-        """genmo keeps one rank and alpha for all q, k, v projections, another for all output projections."""
-        kind = "qkv_proj" if ".attn.qkv_" in target else "out_proj"
-        assert self.genmo is not None
-        alpha, said = self.genmo.get(f"{kind}_lora_alpha", rank), self.genmo.get(f"{kind}_lora_rank", rank)
-        if said != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise LoraError(
-                f"{self.path} says {kind}_lora_rank = {said!r} and alpha = {alpha!r}, but {target} has rank {rank}",
-                "rank and alpha in its metadata must fit its tensors",
-                "The file is damaged: get it again",
-            )
-        return _ratio(self.path, alpha, rank)
-
-    def _peft_scale(self, config: Mapping[str, Any], spelling: str, rank: int) -> float:
-        alpha, patterns = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
-        if not isinstance(patterns, Mapping):
-            raise LoraError(
-                f"{self.path} has alpha_pattern = {str(patterns)[:80]}",
-                "it must name layers and their alphas",
-                "Correct the adapter's config",
-            )
-        for pattern, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", spelling):
-                alpha = value
-                break
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise LoraError(f"lora_alpha is {alpha!r}", "it must be a number", "Correct the adapter's config")
-        return _ratio(self.path, alpha, math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _ratio(path: Path, alpha: float, rank: float) -> float:
-    try:
-        scale = alpha / rank
-    except OverflowError:  # a whole number that no float can hold
-        scale = math.inf
-    if not math.isfinite(scale):
-        raise LoraError(f"{path} has a scale of {scale}", "alpha must be a finite number", "Get the file again")
-    return scale
-
-
-def _parsed_json(path: Path, text: str | None, name: str) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise LoraError(f"{path} has metadata {name} = {text[:80]!r}", "it must be a JSON object", "Get the file again")
-    return values
-
-
-def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """PEFT's settings: inside the file as diffusers writes them, or in the JSON that PEFT writes beside it."""
-    values = _parsed_json(path, metadata.get(PEFT_METADATA), PEFT_METADATA)
-    if values is not None:
-        return {name.removeprefix("transformer."): value for name, value in values.items()}
-    beside = path / PEFT_CONFIG if path.is_dir() else path.with_name(PEFT_CONFIG)
-    belongs = path.is_dir() or path.stem.startswith("adapter_model")
-    if not belongs or not beside.is_file():
-        return None
-    values = files.read_json(beside)
-    return values if isinstance(values, dict) else None
+    return LowRank(down, up, scale, magnitude)

@@ -3,9 +3,11 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -50,24 +52,36 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
 
+    with _appearing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for output in ordered:
+            tensor = output.load()
+            expected = (DTYPES[output.kind], output.shape)
+            if (tensor.dtype, tuple(tensor.shape)) != expected:
+                raise RuntimeError(f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, promised was {expected}")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            done(output)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A small file, whole or not at all."""
+    with _appearing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place when the block has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for output in ordered:
-                tensor = output.load()
-                expected = (DTYPES[output.kind], output.shape)
-                if (tensor.dtype, tuple(tensor.shape)) != expected:
-                    raise RuntimeError(
-                        f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, promised was {expected}"
-                    )
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                done(output)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it private
-        Path(temporary).replace(path)
+        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -160,7 +160,7 @@ def any_value(content: Any, random: Random, new: Any = None) -> Any:
     elif random.random() < 0.15:
         del inner[keys[-1]]
     elif isinstance(inner, dict) and random.random() < 0.15:
-        inner[random.choice((*inner, "", "a", "weight_map", "config"))] = inner.pop(keys[-1])
+        inner[random.choice((*inner, *PATTERNS, "", "a", "weight_map", "config"))] = inner.pop(keys[-1])
     elif isinstance(old, list) and random.random() < 0.5:
         inner[keys[-1]] = random.choice((old * 2, old[:-1], [*old, old[-1] if old else 1], old * 1000, old[::-1]))
     elif isinstance(old, int | float) and random.random() < 0.8:
@@ -168,6 +168,21 @@ def any_value(content: Any, random: Random, new: Any = None) -> Any:
     else:
         inner[keys[-1]] = random.choice(VALUES)
     return content
+
+
+# Expressions that keep a careless machine busy for ever, or are none.
+PATTERNS = (
+    "(a+)+$",
+    "(.*)*x",
+    ".*" * 60 + "zz",
+    ".+" * 60 + "zz",
+    r"\d+" * 30,
+    "(" * 500,
+    "[",
+    "*",
+    "a{999999999}",
+    "^",
+)
 
 
 def _paths(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -381,13 +396,21 @@ def _without(header: Any, data: bytes, gone: set[str]) -> tuple[Any, bytes]:
 def _other_metadata(header: Any, data: bytes, random: Random) -> bytes:
     """Metadata whose JSON says something else."""
     metadata = header.setdefault("__metadata__", {})
-    known = ("config", "latents_mean", "kwargs", "lora_adapter_metadata")
-    name = random.choice(sorted(metadata)) if metadata and random.random() < 0.9 else random.choice(known)
-    text = metadata.get(name, "{}").encode()
+    name = random.choice(sorted(metadata)) if metadata and random.random() < 0.7 else random.choice([*METADATA])
+    text = metadata.get(name, METADATA.get(name, "{}")).encode()
     for _ in range(random.choice((1, 1, 2))):
         text = json_text(text, random)
     metadata[name] = text.decode("latin-1")
     return _whole(header, data)
+
+
+METADATA = {
+    "config": "{}",
+    "latents_mean": "[0]",
+    "kwargs": json.dumps({"qkv_proj_lora_rank": 4, "qkv_proj_lora_alpha": 8}),
+    "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in (("r", 2), ("alpha_pattern", {"to_q": 4}))}),
+    "_quantization_metadata": json.dumps({"layers": {"blocks.0.attn.qkv_x": {"format": "float8_e4m3fn"}}}),
+}
 
 
 def _edited(header: Any, data: bytes, random: Random) -> bytes:

@@ -187,7 +187,8 @@ def _loras(dit: Tensors) -> dict[str, tuple[Tensors, dict[str, str] | None]]:
     for piece in "qkv":
         stem = f"transformer.transformer_blocks.0.attn1.to_{piece}"
         pieces |= {f"{stem}.lora_A.weight": torch.ones(2, 32), f"{stem}.lora_B.weight": torch.ones(32, 2)}
-    adapter = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4})
+    adapter = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 2}}
+    adapter = json.dumps({f"transformer.{name}": value for name, value in adapter.items()})
     return {
         "genmo": (genmo, {"kwargs": json.dumps(KWARGS)}),
         "peft": (peft, None),
@@ -289,7 +290,9 @@ def _folders() -> list[Seed]:
     sharded = {file: save(tensors) for file, tensors in shards.items()}
     sharded["model.safetensors.index.json"] = json.dumps(index).encode()
     lora, _ = _loras(held["dit"])["peft"]
-    adapter = json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"attn.qkv_x": 2}})
+    adapter = json.dumps(
+        {"r": 4, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"attn.qkv_x": 2}, "rank_pattern": {}}
+    )
     peft = {"adapter_model.safetensors": save(lora), "adapter_config.json": adapter.encode()}
     parts = _diffusers(held)
     pipeline = {

@@ -1,5 +1,7 @@
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import WordLevel
 
 from mochi_core.errors import WeightsError
 from mochi_core.text.tokenizer import END_ID, MAX_TOKENS, PAD_ID, read_tokenizer
@@ -127,6 +129,14 @@ def test_a_sentencepiece_model_with_other_special_tokens_is_refused(spiece, tmp_
     )
     with pytest.raises(WeightsError, match="its padding is -1 and its end token 2"):
         read_tokenizer(tmp_path / "llama.model")
+
+
+def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path):
+    """It would encode every prompt without an end token."""
+    words = WordLevel({"red": 0, "circle": 1, "a": 2}, unk_token="a")
+    RustTokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(WeightsError, match="does not end a text with token 1"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_truncated_tokenizer(tmp_path):

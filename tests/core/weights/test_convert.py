@@ -221,6 +221,32 @@ def test_a_gguf_can_be_kept_where_safetensors_can_hold_its_types(tmp_path):
         convert(write("Q5_0"), tmp_path / "other.safetensors")
 
 
+def test_scaled_weights_keep_all_that_belongs_to_them(tmp_path):
+    convert(build.TINY_DIT, tmp_path / "one.safetensors", "comfy", "fp8_scaled")
+    held, layer = load_file(tmp_path / "one.safetensors"), "blocks.1.attn.qkv_x"
+    rows = held[f"{layer}.scale_weight"].repeat(held[f"{layer}.weight"].shape[0], 1)
+    held |= {f"{layer}.scale_weight": rows, f"{layer}.scale_input": torch.tensor(5.0)}
+    held["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(held, tmp_path / "two.safetensors")
+    for format in ("keep", "fp8_scaled"):
+        convert(tmp_path / "two.safetensors", tmp_path / f"{format}.safetensors", "comfy", format)
+        kept = Checkpoint(tmp_path / f"{format}.safetensors").tensor(f"{layer}.weight")
+        assert kept.scale.shape == rows.shape and kept.input_scale == 5 and kept.wide_product
+        assert same(tmp_path / f"{format}.safetensors", tmp_path / "two.safetensors")
+
+
+def test_values_that_a_format_cannot_hold_are_refused(tmp_path):
+    held = load_file(build.TINY_DIT)
+    held["blocks.0.mlp_x.w1.weight"][0, 0] = 1e6
+    save_file(held, tmp_path / "large.safetensors")
+    held["blocks.0.mlp_x.w1.weight"][0, 0] = float("nan")
+    save_file(held, tmp_path / "nan.safetensors")
+    refused("float16 ends at 65504", tmp_path / "large.safetensors", tmp_path / "x.safetensors", format="fp16")
+    for format in ("fp8", "fp8_scaled", "q8_0"):
+        refused("not (finite|numbers)", tmp_path / "nan.safetensors", tmp_path / "x.safetensors", format=format)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 # What is refused, and what fails
 
 
@@ -247,7 +273,10 @@ def test_nothing_is_overwritten_unasked_and_never_the_input(tmp_path):
     refused("is there already: nothing is overwritten unasked", build.TINY_DIT, target)
     convert(build.TINY_DIT, target, format="fp16", overwrite=True)
     assert "F16" in kinds(Checkpoint(target).entries)
-    refused("is there already", target, target, overwrite=True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    refused("config.json is there already", build.TINY_DIT, tmp_path / "folder", "diffusers")
+    refused("is the input: it is read while it is written", target, target, overwrite=True)
 
 
 @pytest.mark.parametrize("cut", (0.5, 0.99))

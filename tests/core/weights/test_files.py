@@ -156,3 +156,10 @@ class TestIndexes:
 
     def test_a_name_that_no_file_can_have(self, tmp_path):
         refused(tmp_path / ("a" * 300), "does not exist or is no file")
+
+
+def test_a_folder_with_two_models_and_no_index(tmp_path):
+    for name in ("one", "two"):
+        save_file({"a.weight": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(WeightsError, match=r"has a.weight in two.safetensors and in another file"):
+        Checkpoint(tmp_path)

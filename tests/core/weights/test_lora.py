@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -354,7 +355,36 @@ def test_metadata_of_another_rank(tiny, changes, tmp_path):
 def test_metadata_that_cannot_be_read(tiny, changes, tmp_path, text):
     path = in_genmo(changes, tmp_path / "lora")
     save_file(load_file(path), path, {"kwargs": text})
-    refused(path, tiny, "metadata kwargs = .*must be a JSON object")
+    refused(path, tiny, "has kwargs = .*must be a JSON object")
+
+
+@pytest.mark.parametrize("alpha", ("9" * 400, "1e999", "NaN"))
+def test_alphas_beyond_all_numbers(tiny, changes, tmp_path, alpha):
+    path = in_genmo(changes, tmp_path / "lora")
+    save_file(load_file(path), path, {"kwargs": f'{{"qkv_proj_lora_alpha": {alpha}}}'})
+    refused(path, tiny, "(has|says) a scale of (inf|nan): .*must be")
+
+
+@pytest.mark.parametrize("alpha", (torch.ones(0), torch.ones(2), torch.ones((), dtype=torch.complex64)))
+def test_alphas_that_are_not_one_number(tiny, changes, tmp_path, alpha):
+    path = in_kohya(changes, tmp_path / "lora")
+    save_file(load_file(path) | {f"lora_unet_{NAMES[0].replace('.', '_')}.alpha": alpha}, path)
+    refused(path, tiny, "(has|says) an alpha of shape .*must be")
+
+
+@pytest.mark.parametrize("patterns", ("a", ["a"], 5))
+def test_alpha_patterns_that_are_none(tiny, changes, tmp_path, patterns):
+    path = in_diffusers(changes, tmp_path / "lora", config={"transformer.alpha_pattern": patterns})
+    refused(path, tiny, "(has|says) alpha_pattern = ")
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.bool, torch.complex64, torch.float8_e8m0fnu))
+@pytest.mark.parametrize("ending", ("lora_A", "dora_scale"))
+def test_changes_that_are_no_floats(tiny, changes, tmp_path, dtype, ending):
+    path = in_genmo(changes, tmp_path / "lora")
+    wrong = torch.ones(4, 192) if ending == "lora_A" else torch.ones(576)
+    save_file(load_file(path) | {f"{NAMES[0]}.{ending}": wrong.to(dtype)}, path)
+    refused(path, tiny, f"has {NAMES[0]}.{ending} .*floats")
 
 
 def test_what_belongs_to_no_layer_is_listed(tiny, changes, tmp_path, caplog):
@@ -364,6 +394,96 @@ def test_what_belongs_to_no_layer_is_listed(tiny, changes, tmp_path, caplog):
     lora = read_lora(path, tiny)
     assert lora.unmatched == ("blocks.0.attn.proj_x.lora_A", "lora_te_encoder.lora_up.weight")
     assert "2 tensors (lora_te_encoder.lora_up.weight" in caplog.text and "are not used" in caplog.text
+
+
+def test_patterns_are_regular_expressions_as_peft_reads_them(tiny, changes, tmp_path):
+    name = "blocks.0.attn.qkv_x"
+    some = {name: changes[name]}
+
+    def scale(config):
+        path = tmp_path / "lora"
+        shutil.rmtree(path, ignore_errors=True)
+        in_peft(some, path)
+        (path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8} | config))
+        return read_lora(path, tiny).layers[name].scale
+
+    assert scale({}) == 2
+    assert scale({"alpha_pattern": {r"blocks\.\d+\.attn\.qkv_x": 16}}) == 4
+    assert scale({"alpha_pattern": {r"^blocks.0.attn.qkv_x": 16}}) == 4
+    assert scale({"alpha_pattern": {"qkv_x": 12, "attn.qkv_x": 16}}) == 3
+    assert scale({"alpha_pattern": {"proj_x": 16}}) == 2
+    assert scale({"r": 16, "rank_pattern": {"qkv_x": 4}}) == 2
+    for wrong in ({"alpha_pattern": {"(a+)+$": 1}}, {"r": 16}, {"use_rslora": "false"}, {"lora_alpha": None}):
+        with pytest.raises(LoraError, match="rank and alpha must be numbers that fit its tensors"):
+            scale(wrong)
+
+
+def test_settings_that_are_there_are_used_or_refused(tiny, changes, tmp_path):
+    path = in_peft(changes, tmp_path / "lora")
+    (path / "adapter_model.safetensors").rename(path / "renamed.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"r": 4}))
+    layers = read_lora(path / "renamed.safetensors", tiny).layers
+    assert {change.scale for change in layers.values()} == {2.0}  # PEFT's own default of alpha is 8
+    (path / "adapter_config.json").write_text("[]")
+    refused(path, tiny, "has adapter_config.json = .*must be a JSON object")
+    both = {"transformer.lora_alpha": 8, "transformer.r": 4, "lora_alpha": 99, "unet.lora_alpha": 99}
+    lora = read_lora(in_diffusers(changes, tmp_path / "both", config=both), tiny)
+    assert {change.scale for change in lora.layers.values()} == {2.0}
+
+
+def test_genmo_s_two_scales_and_a_layer_that_has_neither(tiny, changes, tmp_path):
+    path = in_genmo(changes, tmp_path / "lora")
+    kwargs = {"qkv_proj_lora_rank": 4, "qkv_proj_lora_alpha": 8, "out_proj_lora_rank": 4, "out_proj_lora_alpha": 4}
+    save_file(load_file(path), path, {"kwargs": json.dumps(kwargs)})
+    refused(path, tiny, r"two scales, \[1.0, 2.0\], and not which is that of blocks")
+
+
+def test_values_that_are_not_finite(tiny, changes, tmp_path):
+    down, up = changes["blocks.0.attn.qkv_x"]
+    changes = {"blocks.0.attn.qkv_x": (down * float("nan"), up)}
+    refused(in_kohya(changes, tmp_path / "lora"), tiny, "are not finite: a change must be numbers")
+
+
+@pytest.mark.parametrize("name", ("lokr_w1", "hada_w1_a"))
+def test_other_kinds_of_change_are_named(tiny, tmp_path, name):
+    save_file({f"lora_unet_blocks_0_attn_qkv_x.{name}": torch.ones(4, 4)}, tmp_path / "lora")
+    refused(tmp_path / "lora", tiny, "is a Lo(Kr|Ha): only LoRA and DoRA are read")
+
+
+@pytest.mark.parametrize(
+    "down, up",
+    [
+        ("lora_A.style.weight", "lora_B.style.weight"),
+        ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+        ("lora.down.weight", "lora.up.weight"),
+    ],
+)
+def test_other_spellings(tiny, changes, tmp_path, down, up):
+    held = {}
+    for name, (low, high) in changes.items():
+        held |= {f"{name}.{down}": low, f"{name}.{up}": high}
+    save_file(held, tmp_path / "lora")
+    assert set(read_lora(tmp_path / "lora", tiny).layers) == set(changes)
+
+
+def test_merged_pieces_keep_the_dtype_of_the_file(tiny, changes, tmp_path):
+    half = {name: (down.bfloat16(), up.bfloat16()) for name, (down, up) in changes.items()}
+    lora = read_lora(in_diffusers(half, tmp_path / "lora", alpha=8), tiny)
+    assert {(c.up.dtype, c.down.dtype, c.scale) for c in lora.layers.values()} == {
+        (torch.bfloat16, torch.bfloat16, 2.0)
+    }
+
+
+def test_dora_of_a_row_of_zeros_is_finite(tiny, changes, tmp_path):
+    name = "blocks.2.attn.proj_x"
+    down, up = (x * 0 for x in changes[name])
+    held = {f"{name}.lora_A": down, f"{name}.lora_B": up, f"{name}.dora_scale": torch.ones(len(up), 1)}
+    save_file(held, tmp_path / "lora")
+    state = {n: t.clone() for n, t in tiny.state_dict().items()}
+    state[f"{name}.weight"][0] = 0
+    dit = AsymmDiT(tiny.config, device="meta")
+    dit.load_state_dict(state, assign=True)
+    assert with_loras(dit, (read_lora(tmp_path / "lora", dit), 1.0)).isfinite().all()
 
 
 def test_the_same_layer_twice(tiny, changes, tmp_path):
