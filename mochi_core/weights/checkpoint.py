@@ -1,7 +1,6 @@
 """A weight file as the loaders see it, whatever its format: its metadata and its weights, read when asked for."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from .quantized import QuantizedLinear
 
 # How many names an error lists before it counts the rest.
 NAMES_SHOWN = 8
-# The types of numbers that are no weights, as readers name them.
-NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F4|F6_\w+|F8_(?!E4M3$|E5M2$)\w+|torch\..*")
 
 
 class Checkpoint:
@@ -112,7 +109,7 @@ def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source
 
 def check_floating(kinds: Mapping[str, str], source: str) -> None:
     """Raises `WeightsError` when a weight is of a type that no format of floats has. `kinds` are `Entry.kind`."""
-    others = [f"{name} in {kind}" for name, kind in kinds.items() if NO_WEIGHTS.fullmatch(kind)]
+    others = [f"{name} in {kind}" for name, kind in kinds.items() if not formats.is_floating(kind)]
     if others:
         raise WeightsError(
             f"{source} has weights that are whole numbers or of an unknown kind: {listing('such', others)}",

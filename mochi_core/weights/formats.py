@@ -9,6 +9,7 @@ swapping rows never needs the floats.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from .files import TYPE_NAMES, Reader
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 PLAIN = ("F64", "F32", "F16", "BF16")
+# The types of numbers that are no weights, as readers name them.
+NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F4|F6_\w+|F8_(?!E4M3$|E5M2$)\w+|torch\..*")
 # What is made of unlike or scaled pieces: it comes in float32.
 UNPACKED = "unpacked"
 # The marker that a file of scaled 8-bit floats has, behind the model's prefix; and the names of a weight's companions,
@@ -85,8 +88,8 @@ class Scales:
 
 
 def is_floating(kind: str) -> bool:
-    """Whether a type is one of floats, however packed; whole numbers are not."""
-    return not (kind[:1] in "UI" and kind[1:].isdigit()) and kind != "BOOL"
+    """Whether a type is one of floats, however packed, that can be read; whole numbers are not."""
+    return not NO_WEIGHTS.fullmatch(kind)
 
 
 def is_quantized(weight: Weight) -> bool:

@@ -18,6 +18,7 @@ import comfy.model_management  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -34,6 +35,7 @@ def pack():
 
 
 nodes = pack()
+from mochi_core.weights import build  # noqa: E402
 from mochi_core.weights.build import TINY_DIT, TINY_T5, TINY_TOKENIZER  # noqa: E402
 from mochi_core.weights.convert import convert  # noqa: E402
 
@@ -64,6 +66,40 @@ def difference(a, b):
     return (a - b).abs().max().item()
 
 
+def patched_by_the_host(model):
+    """What happens to a patch of a packed weight, on weights that are loaded and on streamed ones."""
+    key = "diffusion_model.blocks.1.attn.qkv_x.weight"
+    said = []
+    for streamed in (False, True):
+        clone = model.clone()
+        clone.add_patches({key: ("diff", (torch.ones(576, 192),))}, 1.0)
+        if streamed and getattr(clone, "is_dynamic", lambda: False)():
+            continue
+        try:
+            if streamed:
+                clone.patch_model(lowvram_model_memory=1)
+            sample(clone)
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+        clone.unpatch_model()
+    return said
+
+
+def saved_and_loaded(model, folder):
+    """The model after the host has saved its weights and we have read them."""
+    file = Path(folder) / "saved.safetensors"
+    metadata = {
+        name: json.dumps(list(getattr(load_statistics(), name[8:]))) for name in ("latents_mean", "latents_std")
+    }
+    comfy.sd.save_checkpoint(str(file), model, metadata=metadata)
+    return native_dit.load_model(str(file), None, "auto", "auto")
+
+
+def load_statistics():
+    return build.open_dit(TINY_DIT).statistics
+
+
 def quantised_findings():
     """Packed and 8-bit models whole and partly loaded, with LoRAs beside their weights on clones of one model."""
     found = {}
@@ -75,8 +111,11 @@ def quantised_findings():
             f"blocks.{n}.attn.qkv_x.{k}": torch.randn(s, generator=generator) for n in (0, 2) for k, s in shapes.items()
         }
         save_file({name: tensor * 0.2 for name, tensor in held.items()}, lora)
-        for kind in ("q8_0", "fp8_scaled"):
+        for kind in ("keep", "q8_0", "fp8_scaled"):
             file = Path(folder) / f"{kind}.safetensors"
+            dora = Path(folder) / "dora.safetensors"
+            lengths = {f"blocks.{n}.attn.qkv_x.dora_scale": torch.rand(576, 1, generator=generator) + 1 for n in (0, 2)}
+            save_file({name: tensor * 0.2 for name, tensor in held.items()} | lengths, dora)
             convert(TINY_DIT, file, "comfy", kind)
             model = native_dit.load_model(str(file), None, "auto", "auto")
             plain = sample(model)
@@ -89,10 +128,20 @@ def quantised_findings():
                 difference(sample(model), plain),
             )
             found[f"{kind}_chained"] = difference(sample(native_lora.with_loras(one, [(str(lora), -1.0)])), plain)
-            if not getattr(one, "is_dynamic", lambda: False)():
-                one.patch_model(lowvram_model_memory=1)
-                found[f"{kind}_partly_loaded"] = difference(sample(one), with_one)
-                one.unpatch_model()
+            fresh = native_lora.with_loras(native_dit.load_model(str(file), None, "auto", "auto"), [(str(lora), 1.0)])
+            if not getattr(fresh, "is_dynamic", lambda: False)():
+                fresh.patch_model(lowvram_model_memory=1)
+                found[f"{kind}_partly_loaded"] = difference(sample(fresh), with_one)
+                fresh.unpatch_model()
+            # DoRA needs the weight itself: in every format what it is over the same weights as floats
+            floats = native_dit.load_model(str(file), torch.float32, "auto", "auto")
+            over_floats = sample(native_lora.with_loras(floats, [(str(dora), 0.8)]))
+            found[f"{kind}_dora_effect"] = difference(over_floats, sample(floats))
+            found[f"{kind}_dora"] = difference(sample(native_lora.with_loras(model, [(str(dora), 0.8)])), over_floats)
+            if kind == "q8_0":
+                found["packed_and_patched"] = patched_by_the_host(model)
+            reloaded = saved_and_loaded(model, folder)
+            found[f"{kind}_saved"] = difference(sample(reloaded), plain)
             hooks = [h for layer in model.model.diffusion_model.modules() for h in layer._forward_hooks]
             found[f"{kind}_hooks_left"] = len(hooks)
 

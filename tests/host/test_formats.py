@@ -276,6 +276,21 @@ def test_loaders_offer_ggufs_and_folders_and_no_shards(host: RunningHost, files:
     assert {"tiny_q8.gguf", "tiny_diffusers/transformer/"} <= set(options("MochiVideoDiTLoader", "dit_name"))
     assert options("MochiVideoT5Loader", "tokenizer")[:2] == ["auto", TINY]
     assert "tiny_hf/tokenizer.json" in options("MochiVideoT5Loader", "tokenizer")
+    assert not any(name.startswith("mochi_video") for name in host.get("/models"))
+
+
+def test_a_linked_folder_loads(host: RunningHost, files: dict[str, str], tmp_path: Path, graph: Graph) -> None:
+    convert(TINY_DIT, tmp_path / "elsewhere", "diffusers")
+    (host.models / "diffusion_models" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    graph.probe("Latent", graph.sampler(model=graph.dit("linked/")), "out")
+    assert torch.isfinite(host.tensors(graph, "out")["samples"]).all()
+    (host.models / "diffusion_models" / "linked").unlink()
+
+
+@pytest.mark.parametrize("name", ["../", "a/../../x/", "/etc/", "../diffusion_models/tiny_diffusers/transformer/"])
+def test_folders_outside_are_refused(host: RunningHost, graph: Graph, name: str) -> None:
+    graph.probe("Latent", graph.sampler(model=graph.dit(name)), "out")
+    assert f"dit_name is '{name}': there is no such file" in refusal(host, graph)
 
 
 def test_a_tokenizer_of_another_t5_is_refused(host: RunningHost, files: dict[str, str], graph: Graph) -> None:

@@ -47,7 +47,7 @@ def test_host_patches_apply_to_whole_and_partly_loaded_weights_alike(found: dict
     assert found["unpatched_difference"] == 0
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "fp8_scaled"])
+@pytest.mark.parametrize("kind", ["keep", "q8_0", "fp8_scaled"])
 def test_loras_beside_quantised_weights_belong_to_their_clone(found: dict[str, Any], kind: str) -> None:
     assert found[f"{kind}_lora_effect"] > 1e-2
     assert found[f"{kind}_clones_apart"] == 0
@@ -55,7 +55,23 @@ def test_loras_beside_quantised_weights_belong_to_their_clone(found: dict[str, A
     assert found.get(f"{kind}_partly_loaded", 0) <= 5e-5
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "fp8_scaled"])
+@pytest.mark.parametrize("kind", ["keep", "q8_0", "fp8_scaled"])
 def test_an_interrupted_run_leaves_no_lora_behind(found: dict[str, Any], kind: str) -> None:
     assert found[f"{kind}_hooks_left"] == 0
     assert found[f"{kind}_interrupted"] == 0
+
+
+@pytest.mark.parametrize("kind", ["keep", "q8_0", "fp8_scaled"])
+def test_dora_over_every_format_is_that_over_the_same_weights_as_floats(found: dict[str, Any], kind: str) -> None:
+    assert found[f"{kind}_dora_effect"] > 1e-2
+    assert found[f"{kind}_dora"] <= 1e-4
+
+
+def test_a_patch_of_packed_weights_is_an_error_wherever_they_are(found: dict[str, Any]) -> None:
+    assert found["packed_and_patched"]
+    assert all("Use Mochi Video LoRA Loader" in said for said in found["packed_and_patched"])
+
+
+@pytest.mark.parametrize("kind", ["keep", "q8_0", "fp8_scaled"])
+def test_what_the_host_saves_of_our_model_loads_again(found: dict[str, Any], kind: str) -> None:
+    assert found[f"{kind}_saved"] <= 5e-5

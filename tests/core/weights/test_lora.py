@@ -372,10 +372,10 @@ def test_alphas_that_are_not_one_number(tiny, changes, tmp_path, alpha):
     refused(path, tiny, "(has|says) an alpha of shape .*must be")
 
 
-@pytest.mark.parametrize("patterns", ("a", ["a"], 5))
+@pytest.mark.parametrize("patterns", ("a", ["a"], 5, {".*" * 60 + "zz": 1}, {".+.+.+": 1}))
 def test_alpha_patterns_that_are_none(tiny, changes, tmp_path, patterns):
     path = in_diffusers(changes, tmp_path / "lora", config={"transformer.alpha_pattern": patterns})
-    refused(path, tiny, "(has|says) alpha_pattern = ")
+    refused(path, tiny, "says alpha_pattern (=|with) ")
 
 
 @pytest.mark.parametrize("dtype", (torch.int64, torch.bool, torch.complex64, torch.float8_e8m0fnu))
