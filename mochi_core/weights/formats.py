@@ -186,10 +186,10 @@ def _scaled_entry(
         given = reader.tensor(input_name) if input_name else None
         assert isinstance(data, torch.Tensor) and isinstance(scale, torch.Tensor)
         scale = scale.to(torch.float32).reshape(wanted)
-        if not (scale.isfinite() & (scale > 0)).all():
+        if not (scale.isfinite() & (scale >= 0)).all():
             raise WeightsError(
                 f"{source} has {scale_name} with values such as {scale.min().item()}",
-                "scales must be finite and above 0",
+                "scales must be finite and not negative",
                 "The file is damaged: download it again",
             )
         if isinstance(given, torch.Tensor):
