@@ -42,6 +42,7 @@ from mochi_core.weights.quantized import QuantizedLinear
 # What a file may take. The seeds are some 100 KB large and take milliseconds.
 SECONDS = 20
 MEMORY = 48 * 2**20
+MEMORY_OF_SIZE = 2
 # How far the address space may grow, whether it is used or not: past that, allocations fail.
 ADDRESS_SPACE = 4 * 2**30
 
@@ -119,7 +120,8 @@ def measured(path: Path, witness: Witness) -> Outcome:
     except Exception as error:
         kind, detail = f"raised {type(error).__name__}", traceback.format_exc()
     seconds, memory = time.perf_counter() - start, _memory("VmHWM") - before
-    if memory > MEMORY and not kind.startswith("raised"):
+    size = sum(file.stat().st_size for file in (path.parent if path.is_file() else path).rglob("*") if file.is_file())
+    if memory > MEMORY + MEMORY_OF_SIZE * size and not kind.startswith("raised"):
         kind, detail = "took memory", f"{memory >> 20} MiB"
     elif not torch.equal(witness.output(), witness.expected):
         kind = "changed another model"
@@ -319,12 +321,12 @@ def run(options: argparse.Namespace, watched: Watched, folder: Path) -> int:
         if outcome.failed:
             failures.append(keep(case, opened, outcome, options.keep / name.replace(" ", "_")))
             print(f"{failures[-1]}: {outcome.kind}: {(outcome.detail.splitlines() or [''])[-1]}", flush=True)
-        elif not whole:
-            counts[outcome.kind] += 1
+        if not whole:
+            counts["failed" if outcome.failed else outcome.kind] += 1
     seconds = time.perf_counter() - start
     print(
-        f"{counts.total() + len(failures)} damaged files in {seconds:.0f} s: {counts['loaded']} loaded, "
-        f"{counts['refused']} refused, {len(failures)} failed"
+        f"{counts.total()} damaged files in {seconds:.0f} s: {counts['loaded']} loaded, {counts['refused']} refused, "
+        f"{counts['failed']} failed"
     )
     print(f"slowest: {slowest[0]:.2f} s, {slowest[1]}; most memory: {largest[0] / 2**20:.1f} MiB, {largest[1]}")
     return 1 if failures else 0

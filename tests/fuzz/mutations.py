@@ -516,7 +516,7 @@ def archive(data: bytes, random: Random) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as old:
             members = [(info.filename, old.read(info)) for info in old.infolist()]
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError):
+    except Exception:  # of every kind, when earlier changes have left no archive
         return any_bytes(data, random)
     kind = random.random()
     index = next((i for i, (name, _) in enumerate(members) if name.endswith("data.pkl")), 0)
@@ -534,7 +534,8 @@ def archive(data: bytes, random: Random) -> bytes:
     else:
         del members[index]
     buffer = io.BytesIO()
-    squeezed = zipfile.ZIP_DEFLATED if 0.75 < kind < 0.85 or random.random() < 0.1 else zipfile.ZIP_STORED
+    large = sum(len(content) for _, content in members) > 10**6
+    squeezed = zipfile.ZIP_DEFLATED if large or 0.75 < kind < 0.85 or random.random() < 0.1 else zipfile.ZIP_STORED
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", squeezed) as new:
         warnings.simplefilter("ignore")  # about names that are there twice
         for name, content in members:

@@ -176,7 +176,8 @@ def _loras(dit: Tensors) -> dict[str, tuple[Tensors, dict[str, str] | None]]:
     }
     genmo, peft, kohya, dora = {}, {}, {}, {}
     for name, (down, up) in changes.items():
-        genmo |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        if ".attn." in name:  # genmo trains no others
+            genmo |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         spelled = "lora_unet_" + name.replace(".", "_")
         kohya |= {f"{spelled}.lora_down.weight": down, f"{spelled}.lora_up.weight": up}
         kohya[f"{spelled}.alpha"] = torch.tensor(2.0)
