@@ -73,12 +73,15 @@ class PackedLinear(comfy.ops.manual_cast.Linear):
 
 
 def wanted(entries: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[str, Weight]:
-    """A file's weights, read; turned into `dtype` if one is given. What cannot stay packed becomes bfloat16."""
+    """A file's weights, read; turned into `dtype` if one is given. What cannot stay as it is becomes bfloat16."""
     weights: dict[str, Weight] = {}
     for name, entry in entries.items():
         weight = entry.load()
-        unpacked = isinstance(weight, torch.Tensor) and entry.kind not in (*PLAIN, *FLOAT8)
-        to = dtype or (torch.bfloat16 if unpacked else None)
+        if isinstance(weight, Scaled):  # the host's layers have one scale, and 8-bit floats
+            stays = weight.scale.ndim == 0 and weight.data.dtype in FLOAT8.values()
+        else:
+            stays = isinstance(weight, Packed) or entry.kind in (*PLAIN, *FLOAT8)
+        to = dtype or (None if stays else torch.bfloat16)
         weights[name] = plain(weight, to) if to else weight
     return weights
 
@@ -167,9 +170,7 @@ def fill_native(network: nn.Module, weights: Mapping[str, Weight]) -> None:
         if isinstance(weight, Packed) and is_linear:
             bias = weights.get(f"{layer_name}.bias")
             replace(network, layer_name, PackedLinear(weight, None if bias is None else plain(bias)))
-        elif (
-            isinstance(weight, Scaled) and is_linear and weight.scale.ndim == 0 and weight.data.dtype in FLOAT8.values()
-        ):
+        elif isinstance(weight, Scaled) and is_linear:
             state |= _scaled_state(layer_name, weight)
         else:
             state[name] = plain(weight, None if isinstance(weight, torch.Tensor) else torch.bfloat16)
