@@ -5,8 +5,10 @@ file is trusted: no code in it runs, and no count in it is believed before it wa
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import WeightsError
 from .blocks import Packed
-from .pickles import NotPlain, check_archive
 
 TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
@@ -110,17 +111,19 @@ class TorchFile:
     def __init__(self, path: Path):
         read: Callable[..., Any] = torch.load
         try:
-            content = read(path, map_location="cpu", weights_only=True, mmap=check_archive(path))
-        except NotPlain as error:
+            mapped = zipfile.is_zipfile(path)  # an archive of the old kind cannot be mapped
+            if mapped:
+                _refuse_squeezed(path)
+            content = read(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except WeightsError:
+            raise
+        except Exception as error:  # the unpickler raises of every kind
+            # torch puts its own advice in the place of the error, which is to trust the file.
+            unsafe = isinstance(error, UnpicklingError)
+            what = error.__context__ if unsafe and error.__context__ else error
+            first = f"{type(what).__name__} {what}".splitlines()[0].partition(". ")[0]
             raise WeightsError(
-                f"{path} cannot be read: it has {error}",
-                "only tensors and plain values are read from torch archives, and no code in them runs",
-                "Get the file as safetensors, or convert it where you trust it",
-            ) from error
-        except Exception as error:  # parsers and torch raise of every kind
-            what = f"{type(error).__name__} {error}".splitlines()[0][:200]
-            raise WeightsError(
-                f"{path} cannot be read: {what}",
+                f"{path} cannot be read{' without running code from it' if unsafe else ''}: {first[:200].rstrip('.')}",
                 "only tensors and plain values are read from torch archives, and no code in them runs",
                 "Get the file as safetensors, or convert it where you trust it",
             ) from error
@@ -141,7 +144,14 @@ class TorchFile:
         return self._tensors[name].detach()
 
     def _check_tensors(self, path: Path) -> None:
-        """Raises `WeightsError` on few bytes that pose as many."""
+        """Raises `WeightsError` on sparse tensors and the like, and on few bytes that pose as many."""
+        strange = [name for name, tensor in self._tensors.items() if not _is_dense(tensor)]
+        if strange:
+            raise WeightsError(
+                f"{path} has {len(strange)} sparse, nested or quantised tensors, or without data, such as {strange[0]}",
+                "torch archives are read for plain tensors",
+                "Save them as plain tensors",
+            )
         held, size = sum(tensor.nbytes for tensor in self._tensors.values()), path.stat().st_size
         if held > MOST_SHARING * size:
             raise WeightsError(
@@ -149,6 +159,23 @@ class TorchFile:
                 "each tensor must have its numbers in the file",
                 "Save it again with each tensor made contiguous",
             )
+
+
+def _refuse_squeezed(path: Path) -> None:
+    """Raises `WeightsError` when an archive's parts are compressed or overlap: a few KB could become gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise WeightsError(
+            f"{path} is compressed, or unpacks to more than its size",
+            "torch archives are read where they lie",
+            "Save it again with torch.save",
+        )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and not tensor.is_quantized and not tensor.is_nested
 
 
 TYPE_NAMES = {
@@ -184,7 +211,7 @@ def _state_dict(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, str]]:
 
 
 def _as_json(value: Any) -> str | None:
-    """A value as JSON, None when it is no plain data or very long: a pickle can hold a value many times."""
+    """A value as JSON, None when it is no plain data or very long: lists in a pickle can hold each other many times."""
     parts, size = [], 0
     try:
         for part in json.JSONEncoder().iterencode(value):

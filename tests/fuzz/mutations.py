@@ -6,7 +6,6 @@ Every function takes bytes and a `Random`, and returns bytes; the same `Random` 
 import io
 import json
 import math
-import pickle
 import struct
 import warnings
 import zipfile
@@ -604,17 +603,6 @@ def _hostile() -> list[bytes]:
             None,
         ]
         archives = [_archive(content) for content in contents]
-    pair: tuple[Any, ...] = ()
-    for _ in range(60):
-        pair = (pair, pair)
-    lists, tuples = pickle.dumps(twice, 2)[:-1], pickle.dumps(pair, 2)[:-1]
-    for content in (
-        lists + b"Q.",  # a reference, and a function, that a message would repeat
-        lists + b")R.",
-        b"\x80\x02}" + tuples[2:] + b"K\1s.",  # a key whose place is long to find
-        b"\x80\x02X" + (10**5).to_bytes(4, "little") + b"a" * 10**5 + b"\x85Q.",
-    ):
-        archives += [_with_pickle(archives[0], content), content]
     for depth in (100, 100_000):
         deep = b"\x80\x02}(X\n\0\0\0state_dict}X\1\0\0\0x" + b"]" * depth + b"a" * (depth - 1) + b"u."
         archives += [_with_pickle(archives[0], deep), deep]

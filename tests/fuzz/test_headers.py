@@ -82,18 +82,18 @@ def test_a_pickle_runs_no_code(wish, tmp_path, form, reader, name):
         READERS[reader](tmp_path / name)
     assert str(tmp_path / name) in caught.value.value
     if form in ("zip", "old"):
-        assert "cannot be read: it has the name " in caught.value.value and "mkdir" in caught.value.value
+        assert "without running code from it" in caught.value.value and "mkdir" in caught.value.value
         assert "no code in them runs" in caught.value.rule and "safetensors" in caught.value.remedy
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_pickle_among_shards_runs_no_code(wish, tmp_path, reader):
     FORMS["zip"](wish, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"mkdir, which may run code: .*no code in them runs"):
+    with pytest.raises(WeightsError, match="without running code from it"):
         READERS[reader](tmp_path)
     index = {"weight_map": {f"{LAYER}.weight": "pytorch_model.bin"}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match=r"mkdir, which may run code: .*no code in them runs"):
+    with pytest.raises(WeightsError, match="without running code from it"):
         READERS[reader](tmp_path / "pytorch_model.bin.index.json")
 
 

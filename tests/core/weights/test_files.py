@@ -1,6 +1,7 @@
 """Torch archives and folders of shards; what is asked of safetensors and GGUF is in tests of their own."""
 
 import json
+import pickle
 import warnings
 import zipfile
 
@@ -63,7 +64,7 @@ class TestTorchArchives:
     def test_an_error_that_says_nothing(self, tmp_path):
         path = tmp_path / "weights.pt"
         path.write_bytes(b"\x80\x02")
-        refused(path, "cannot be read: ValueError pickle exhausted before seeing STOP")
+        refused(path, "cannot be read: EOFError")
 
     def test_code_is_named_but_not_run(self, write, tmp_path):
         class Wish:
@@ -71,7 +72,7 @@ class TestTorchArchives:
                 return (tmp_path.joinpath("ran").touch, ())
 
         refused(
-            write({"a": torch.ones(1), "b": Wish()}), "the name .*getattr, which may run code: .*no code in them runs"
+            write({"a": torch.ones(1), "b": Wish()}), "without running code from it: .*getattr.*no code in them runs"
         )
         assert not (tmp_path / "ran").exists()
 
@@ -85,7 +86,7 @@ class TestTorchArchives:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
             for name, content in members.items():
                 new.writestr(name, content + bytes(10**6 if name.endswith("data.pkl") else 0))
-        refused(path, "parts that are compressed or lie over each other")
+        refused(path, "is compressed, or unpacks to more than its size")
 
     @pytest.mark.parametrize("kind", ("sparse", "rows", "nested", "meta", "quantized"))
     def test_tensors_of_other_kinds(self, write, kind):
@@ -98,13 +99,25 @@ class TestTorchArchives:
                 "meta": lambda: torch.empty(10**6, 10**6, device="meta"),
                 "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
             }[kind]()
-            refused(write({"a": torch.ones(1), "b": tensor}), r"the name torch\._utils\._rebuild_\w+, which may")
+            refused(write({"a": torch.ones(1), "b": tensor}), "1 sparse, nested or quantised tensors, .* such as b")
 
-    def test_long_values_are_no_metadata(self, write):
-        """A short pair that is there many times is few bytes in a pickle."""
-        pair = ("a" * 100, "b" * 100)
-        held = {"state_dict": {"a": torch.ones(1)}, "long": [pair] * 10_000, "short": [pair] * 2}
-        assert Checkpoint(write(held)).metadata.keys() == {"short"}
+    @pytest.mark.parametrize("kind", ("twice and twice again", "round and round", "deep"))
+    def test_values_without_an_end(self, write, kind):
+        """They are no metadata, and take no time."""
+        value = []
+        if kind == "round and round":
+            value.append(value)
+        for _ in range(60 if kind == "twice and twice again" else 0):
+            value = [value, value]
+        path = write({"state_dict": {"a": torch.ones(1)}, "x": value})
+        if kind == "deep":
+            deep = b"\x80\x02}(X\n\0\0\0state_dict}X\1\0\0\0x" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"u."
+            path.write_bytes(
+                pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + deep
+            )
+            refused(path, "cannot be read")
+        else:
+            assert Checkpoint(path).metadata == {}
 
 
 class TestIndexes:
