@@ -603,7 +603,7 @@ def _hostile() -> list[bytes]:
             None,
         ]
         archives = [_archive(content) for content in contents]
-    for depth in (100, 100_000):
+    for depth in (100, 3000):  # torch searches the message about a deeper one for minutes
         deep = b"\x80\x02}(X\n\0\0\0state_dict}X\1\0\0\0x" + b"]" * depth + b"a" * (depth - 1) + b"u."
         archives += [_with_pickle(archives[0], deep), deep]
     return archives
