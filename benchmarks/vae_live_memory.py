@@ -7,7 +7,6 @@ pixel do not depend on its size. Run: `python benchmarks/vae_live_memory.py`.
 import argparse
 import json
 import sys
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,43 +15,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.live_bytes import LiveBytes
 from mochi_core.shapes import PIXELS_PER_LATENT
 from mochi_core.vae import Decoder, Encoder
 
 RESULT = Path(__file__).parent / "results" / "vae_live_memory.json"
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of storages made under this mode: alive now, and the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self.known.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
 
 
 def random_weights(network: torch.nn.Module) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import GROUP_NORM_GROUPS, VAE_HEAD_DIM
-from .norm import per_frame
+from .norm import normed_by, per_frame, statistics
 
 # CUDA's attention kernels take no more than 2**16 - 1 sequences at once.
 SEQUENCES_AT_ONCE = 1 << 15
@@ -49,3 +49,21 @@ class TemporalAttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.attn(per_frame(self.norm, x))
+
+
+# What attention makes of each value that enters: the norm, queries, keys, values and the output, some of them twice.
+COPIES = 8
+
+
+def attend_by_rows(block: TemporalAttentionBlock, x: torch.Tensor, device: torch.device, values_at_once: int) -> None:
+    """`x = block(x)` in place, a few rows of all frames at a time on `device`; `x` stays where it lies.
+
+    The norms see whole frames: their statistics are taken before. Needs no gradients.
+    """
+    batch, channels, frames, height, width = x.shape
+    at_once = max(1, values_at_once // (batch * channels * height * width))
+    pieces = [statistics(block.norm, piece.to(device)) for piece in x.split(at_once, dim=2)]
+    means, inverses = (torch.cat(some, dim=1) for some in zip(*pieces))
+    for rows in x.split(max(1, values_at_once // (COPIES * batch * channels * frames * width)), dim=3):
+        here = rows.to(device)
+        rows.copy_(here + block.attn(normed_by(block.norm, here, means, inverses)))

@@ -38,11 +38,17 @@ class ResBlock(nn.Module):
         self.attn_block = TemporalAttentionBlock(channels, operations, **factory) if has_attention else None
 
     def forward(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
-        norm_1, _, conv_1, norm_2, _, conv_2 = self.stack
-        branch = run_causal(conv_1, F.silu(per_frame(norm_1, x), inplace=True), context)
-        branch = run_causal(conv_2, F.silu(per_frame(norm_2, branch), inplace=True), context)
-        x = x + branch
+        x = self.convolve(x, context)
         return x if self.attn_block is None else self.attn_block(x)
+
+    def convolve(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
+        """All but the attention: the part that reads a few earlier frames only."""
+        norm_1, _, conv_1, norm_2, _, conv_2 = self.stack
+        branch = F.silu(per_frame(norm_1, x), inplace=True)
+        branch = run_causal(conv_1, branch, context)
+        # One name for each in turn, so that none outlives its use.
+        branch = F.silu(per_frame(norm_2, branch), inplace=True)
+        return run_causal(conv_2, branch, context).add_(x)
 
 
 class UpsampleBlock(nn.Module):
@@ -67,9 +73,13 @@ class UpsampleBlock(nn.Module):
     def forward(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
         for block in self.blocks:
             x = block(x, context)
+        return self.unfold(x, context)
+
+    def unfold(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
+        """What follows the residual blocks: `B C T H W` to `time` times the frames, `space` times the rows, columns."""
         x = depth_to_space_time(pointwise(self.proj, x), self.time, self.space)
         # A clip's first frame unfolds into one frame only: those before its last never existed.
-        return x[:, :, self.time - 1 :] if context.is_first else x
+        return x[:, :, self.time - 1 :] if context.first_time(self) else x
 
 
 def depth_to_space_time(x: torch.Tensor, time: int, space: int) -> torch.Tensor:

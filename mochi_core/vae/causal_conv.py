@@ -1,56 +1,118 @@
-"""Convolutions that look only backwards in time, and where the frames before the first come from.
+"""Convolutions that look only backwards in time, and where the frames before those at hand come from.
 
 Shapes: `B C T H W` = batch, channels, frames, rows, columns.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+Frames = Sequence[torch.Tensor]
+
+# How many values of an activation a streaming context lets the wide stages work on at once: two frames of the widest
+# stage at 848x480. Larger pieces are no faster on any device they fill, smaller ones repeat more work at their borders.
+VALUES_AT_ONCE = 112 * 2**20
 
 
 class TemporalContext(Protocol):
-    """Gives each causal layer the frames before those it is shown.
+    """Gives each layer the frames before those it is shown; `layer` tells the layers apart.
 
-    `is_first` says whether the clip starts with the frames at hand. `extend(layer, x, frames)` returns `x`
-    (`B C T H W`) with `frames` earlier ones in front; `layer` tells the layers apart.
+    `first_time(layer)`: whether the clip starts with the frames now at this layer. `before(layer, x, frames)`: the
+    `frames` frames before `x` (`B C T H W`), tensors that follow each other in time. `frames_at_once` and
+    `rows_at_once` bound what a layer with `values` in a frame, or in a row of all its frames, should be given.
     """
 
-    is_first: bool
+    def first_time(self, layer: nn.Module) -> bool: ...
 
-    def extend(self, layer: nn.Module, x: torch.Tensor, frames: int) -> torch.Tensor: ...
+    def before(self, layer: nn.Module, x: torch.Tensor, frames: int) -> Frames: ...
+
+    def frames_at_once(self, values: int) -> int | None: ...
+
+    def rows_at_once(self, values: int) -> int | None: ...
 
 
 class WholeClip:
     """The whole clip at once: before its first frame stands that frame again."""
 
-    is_first = True
+    def first_time(self, layer: nn.Module) -> bool:
+        return True
 
-    def extend(self, layer: nn.Module, x: torch.Tensor, frames: int) -> torch.Tensor:
-        return torch.cat([*[x[:, :, :1]] * frames, x], dim=2)
+    def before(self, layer: nn.Module, x: torch.Tensor, frames: int) -> Frames:
+        return [x[:, :, :1]] * frames
+
+    def frames_at_once(self, values: int) -> int | None:
+        return None
+
+    def rows_at_once(self, values: int) -> int | None:
+        return None
+
+
+class FrameStore(Protocol):
+    """Where a streaming context keeps frames between pieces: what was put for a layer is taken once."""
+
+    def put(self, layer: nn.Module, frames: Frames) -> None: ...
+
+    def take(self, layer: nn.Module) -> Frames: ...
+
+
+class OnDevice:
+    """Frames stay where they were made."""
+
+    def __init__(self) -> None:
+        self._frames: dict[nn.Module, Frames] = {}
+
+    def put(self, layer: nn.Module, frames: Frames) -> None:
+        self._frames[layer] = frames
+
+    def take(self, layer: nn.Module) -> Frames:
+        return self._frames.pop(layer)
 
 
 class KeptContext:
-    """A clip in consecutive pieces: each layer's last input frames are kept for the next piece.
+    """A clip in consecutive pieces: each layer's last input frames are kept for its next piece.
 
-    What comes out is what the whole clip at once would give. One instance serves one clip, `next_piece` between
-    its pieces.
+    What comes out is what the whole clip at once would give. One instance serves one clip. Frames are kept in `store`,
+    on the device unless it knows better; `values_at_once` bounds the work of wide layers, which then go through a
+    piece by frames and, where one frame is too many, by rows.
     """
 
-    def __init__(self) -> None:
-        self.is_first = True
-        self._kept: dict[nn.Module, torch.Tensor] = {}
+    def __init__(self, store: FrameStore | None = None, values_at_once: int = VALUES_AT_ONCE) -> None:
+        self._store = OnDevice() if store is None else store
+        self._values_at_once = values_at_once
+        self._known: set[nn.Module] = set()
 
-    def extend(self, layer: nn.Module, x: torch.Tensor, frames: int) -> torch.Tensor:
-        earlier = [x[:, :, :1]] * frames if self.is_first else [self._kept[layer]]
-        extended = torch.cat([*earlier, x], dim=2)
-        self._kept[layer] = extended[:, :, extended.shape[2] - frames :].clone()
-        return extended
+    def first_time(self, layer: nn.Module) -> bool:
+        is_first = layer not in self._known
+        self._known.add(layer)
+        return is_first
 
-    def next_piece(self) -> None:
-        """The frames to come follow those already shown."""
-        self.is_first = False
+    def before(self, layer: nn.Module, x: torch.Tensor, frames: int) -> Frames:
+        earlier = [x[:, :, :1]] * frames if self.first_time(layer) else self._store.take(layer)
+        self._store.put(layer, _last(frames, [*earlier, x]))
+        return earlier
+
+    def frames_at_once(self, values: int) -> int | None:
+        return max(1, self._values_at_once // values)
+
+    def rows_at_once(self, values: int) -> int | None:
+        return max(1, self._values_at_once // values)
+
+
+def _last(count: int, pieces: Frames) -> Frames:
+    """The last `count` frames, without holding on to others."""
+    kept: list[torch.Tensor] = []
+    for piece in reversed(pieces):
+        frames = piece.shape[2]
+        if frames <= count:
+            kept.insert(0, piece)
+        else:
+            kept.insert(0, piece[:, :, frames - count :].clone())
+        count -= min(frames, count)
+        if not count:
+            break
+    return kept
 
 
 def causal_conv3d(
@@ -63,11 +125,56 @@ def causal_conv3d(
 def run_causal(conv: nn.Module, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
     """`conv` over each frame and those before it, the picture's edge repeated outwards. `x`: `B C T H W`.
 
-    The padding is made here rather than by the layer: ComfyUI's layers may run cuDNN directly, which knows zeros only.
+    A strided layer's pieces after the first must hold whole steps. The padding is made here rather than by the layer:
+    ComfyUI's layers may run cuDNN directly, which knows zeros only.
     """
-    frames, rows, columns = ((size - 1) for size in conv.kernel_size)  # pyright: ignore[reportGeneralTypeIssues]
-    if max(conv.stride) == 1 and (rows or columns):  # pyright: ignore[reportArgumentType]
-        x = F.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2, 0, 0), mode="replicate")
-    if frames:
-        x = context.extend(conv, x, frames)
-    return conv(x)
+    kernel: tuple[int, int, int] = conv.kernel_size  # pyright: ignore[reportAssignmentType]
+    if max(conv.stride) > 1:  # pyright: ignore[reportArgumentType]
+        starts = kernel[0] > 1 and context.first_time(conv)
+        return conv(torch.cat([x[:, :, :1]] * (kernel[0] - 1) + [x], dim=2) if starts else x)
+
+    batch, channels, frames, height, width = x.shape
+    earlier = context.before(conv, x, kernel[0] - 1) if kernel[0] > 1 else ()
+    pieces, edge = [*earlier, x], (kernel[1] // 2, kernel[2] // 2)
+    rows = context.rows_at_once(batch * channels * (frames + kernel[0] - 1) * width)
+    if rows is None or rows >= height:
+        return conv(framed(pieces, 0, height, edge))
+    out = channels_last(x, (batch, conv.out_channels, frames, height, width))  # pyright: ignore[reportArgumentType]
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        out[..., top:bottom, :] = conv(framed(pieces, top, bottom, edge))
+    return out
+
+
+def framed(pieces: Frames, top: int, bottom: int, edge: tuple[int, int]) -> torch.Tensor:
+    """The rows from `top` to `bottom` of all the pieces' frames, with `edge` more rows and columns on each side.
+
+    Outside the picture stand its outermost pixels. Made in one pass, channels-last on every device.
+    """
+    batch, channels, _, height, width = pieces[0].shape
+    more_rows, more_columns = edge
+    # What of the rows asked for lies in the picture, and where the picture lies in what is made.
+    first, last = max(0, top - more_rows), min(height, bottom + more_rows)
+    above, below = first - (top - more_rows), (bottom + more_rows) - last
+    frames = sum(piece.shape[2] for piece in pieces)
+    shape = (batch, channels, frames, bottom - top + 2 * more_rows, width + 2 * more_columns)
+    out = channels_last(pieces[0], shape)
+    inside = out[..., above : shape[3] - below, more_columns : more_columns + width]
+    at = 0
+    for piece in pieces:
+        inside[:, :, at : at + piece.shape[2]] = piece[..., first:last, :]
+        at += piece.shape[2]
+    if more_columns:
+        out[..., :more_columns] = out[..., more_columns : more_columns + 1]
+        out[..., -more_columns:] = out[..., -more_columns - 1 : -more_columns]
+    if above:
+        out[..., :above, :] = out[..., above : above + 1, :]
+    if below:
+        out[..., -below:, :] = out[..., -below - 1 : -below, :]
+    return out
+
+
+def channels_last(like: torch.Tensor, shape: tuple[int, ...], device: torch.device | None = None) -> torch.Tensor:
+    """An empty tensor of this shape (`B C T H W`), channels-last in memory, otherwise like another."""
+    batch, channels, *rest = shape
+    return like.new_empty((batch, *rest, channels), device=device).movedim(-1, 1)

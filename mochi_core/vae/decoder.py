@@ -3,7 +3,8 @@
 Shapes: `B C T H W` = batch, channels, frames, rows, columns; `t h w` the same in latent space.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -67,11 +68,30 @@ class Decoder(nn.Module):
         self.blocks.append(nn.ModuleList(res_blocks(-1, channels[-1])))
         self.output_proj = operations.Linear(channels[-1], 3, **factory)
 
-    def forward(self, latents: torch.Tensor, context: TemporalContext | None = None) -> torch.Tensor:
-        """`B C t h w` in VAE space -> `B 3 T H W`, about -1 to 1; `to_frames` makes a picture of it.
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """`B C t h w` in VAE space, a whole clip -> `B 3 6(t-1)+1 8h 8w`, about -1 to 1.
 
-        Without a context the latents are a whole clip and `T` is `6(t-1)+1`. Raises `LatentsError` on a wrong shape.
+        `to_frames` makes a picture of it. Raises `LatentsError` on a wrong shape.
         """
+        (frames,) = self._decoded(latents, WholeClip())
+        return frames
+
+    def stream(
+        self, latents: torch.Tensor, latents_at_once: int = 1, context: TemporalContext | None = None
+    ) -> Iterator[torch.Tensor]:
+        """What `forward` gives, in consecutive pieces as they are ready: the first frame first.
+
+        `latents_at_once` latent frames enter at a time; the wide stages take them in smaller parts as `context` has it,
+        a `KeptContext` of the caller's or a new one. Exact: the frames that each convolution needs of the piece before
+        are kept, nothing is blended or lost. Raises `LatentsError` on a wrong shape.
+        """
+        if latents_at_once < 1:
+            raise ShapeError(f"latents_at_once is {latents_at_once}", "a piece must have at least one", "Use 1 or more")
+        self.check(latents)
+        return self._pieces(latents, latents_at_once, context or KeptContext())
+
+    def check(self, latents: torch.Tensor) -> None:
+        """Raises `LatentsError` unless these are latents of this model."""
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
             raise LatentsError(
@@ -79,32 +99,56 @@ class Decoder(nn.Module):
                 f"they must be B x {channels} x T x H x W",
                 "Use latents of this model: its sampler or its encoder makes them",
             )
-        context = context or WholeClip()
-        embed, first, upsample, last = self._stages()
-        x = embed(latents.contiguous(memory_format=torch.channels_last_3d))
-        for block in (*first, *upsample, *last):
-            x = block(x, context)
-        return pointwise(self.output_proj, F.silu(x, inplace=True))
 
-    def _stages(self) -> tuple[nn.Module, list[nn.Module], list[nn.Module], list[nn.Module]]:
+    def _pieces(self, latents: torch.Tensor, count: int, context: TemporalContext) -> Iterator[torch.Tensor]:
+        for piece in latents.split(count, dim=2):
+            yield from self._decoded(piece, context)
+
+    def _decoded(self, latents: torch.Tensor, context: TemporalContext) -> Iterator[torch.Tensor]:
+        self.check(latents)
+        return self._parts(latents.contiguous(memory_format=torch.channels_last_3d), self._stages(), context)
+
+    def _parts(self, x: torch.Tensor, stages: Sequence["Stage"], context: TemporalContext) -> Iterator[torch.Tensor]:
+        """Depth first: a part of `x` goes through all the stages before the next one enters the first."""
+        if not stages:
+            yield pointwise(self.output_proj, F.silu(x, inplace=True))
+            return
+        stage, *rest = stages
+        batch, _, frames, height, width = x.shape
+        at_once = context.frames_at_once(batch * stage.width * height * width) or frames
+        for part in x.split(at_once, dim=2):
+            yield from self._parts(stage(part, context), rest, context)
+
+    def _stages(self) -> list["Stage"]:
+        first: Any
+        upsample: list[Any]
+        last: Any
         first, *upsample, last = self.blocks
-        embed, *res_blocks = first.children()
-        return embed, res_blocks, upsample, list(last.children())
+        embed: Any
+        embed, *res_blocks = first
+        blocks = [[*res_blocks, *upsample[0].blocks], *(list(block.blocks) for block in upsample[1:]), list(last)]
+        stages = [Stage(lambda x, context: embed(x), embed.out_channels, blocks[0])]
+        for block, own in zip(upsample, blocks[1:]):
+            stages.append(Stage(block.unfold, block.proj.out_features, own))
+        return stages
 
-    def stream(self, latents: torch.Tensor, latents_at_once: int = 1) -> Iterator[torch.Tensor]:
-        """Decodes `latents_at_once` latent frames at a time and yields what `forward` would give, piece by piece.
 
-        Exact: the frames that each convolution needs of the piece before are kept, nothing is blended or lost.
-        """
-        if latents_at_once < 1:
-            raise ShapeError(f"latents_at_once is {latents_at_once}", "a piece must have at least one", "Use 1 or more")
-        return self._pieces(latents, latents_at_once)
+@dataclass(frozen=True)
+class Stage:
+    """All that happens at one size of picture: what brings activations there, then the residual blocks.
 
-    def _pieces(self, latents: torch.Tensor, latents_at_once: int) -> Iterator[torch.Tensor]:
-        context = KeptContext()
-        for piece in latents.split(latents_at_once, dim=2):
-            yield self(piece, context)
-            context.next_piece()
+    `width` is how many values one pixel of a frame that enters becomes.
+    """
+
+    enter: Callable[[torch.Tensor, TemporalContext], torch.Tensor]
+    width: int
+    blocks: Sequence[nn.Module]
+
+    def __call__(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
+        x = self.enter(x, context)
+        for block in self.blocks:
+            x = block(x, context)
+        return x
 
 
 def to_frames(raw: torch.Tensor) -> torch.Tensor:

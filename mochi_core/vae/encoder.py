@@ -4,7 +4,9 @@ Shapes: `B C T H W` = batch, channels, frames, rows, columns; `t h w` the same i
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +17,11 @@ from torch.nn import functional as F
 from ..config import GROUP_NORM_GROUPS, MOCHI_1, VAEConfig
 from ..errors import ShapeError
 from ..numerics import widen
+from ..progress import Progress, silent
 from ..shapes import FRAMES_PER_LATENT, snap_frames
+from .attention import TemporalAttentionBlock, attend_by_rows
 from .blocks import DownsampleBlock, ResBlock, pointwise
-from .causal_conv import WholeClip
+from .causal_conv import VALUES_AT_ONCE, KeptContext, TemporalContext, WholeClip, channels_last, run_causal
 from .norm import per_frame
 
 # A pixel value also enters as sine and cosine of itself at these powers of two.
@@ -98,6 +102,45 @@ class Encoder(nn.Module):
         Computes in `dtype`, the video's own by default; the Fourier features are made before the video is rounded to
         it. Raises `ShapeError` on a clip that does not fit.
         """
+        self.check(video)
+        context, x = WholeClip(), video
+        for step in self._steps(dtype or video.dtype):
+            x = step(x) if isinstance(step, TemporalAttentionBlock) else step(x, context)
+        return Posterior(*x.chunk(2, dim=1))
+
+    def stagewise(
+        self,
+        video: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        device: torch.device | str | None = None,
+        values_at_once: int = VALUES_AT_ONCE,
+        report: Progress = silent,
+    ) -> Posterior:
+        """What `forward` gives, in device memory that does not grow with the clip.
+
+        Every layer but the temporal attention reads a few earlier frames only, so what lies between two attentions goes
+        through the clip by frames, keeping what the convolutions need; the attention goes by rows of pixels, with all
+        their frames. In between, the activations of the whole clip wait where the video lies: in host memory, when
+        `device`, which computes (the video's own by default), is another. At most those of the second size of picture
+        and of what is made of them: for Mochi 1, 32 values for each pixel of each frame, and 8 more.
+
+        `report` is called after each of the steps. The rest as `forward`.
+        """
+        self.check(video)
+        device = torch.device(device or video.device)
+        steps = self._steps(dtype or video.dtype)
+        x = video
+        for index, step in enumerate(steps):
+            if isinstance(step, TemporalAttentionBlock):
+                attend_by_rows(step, x, device, values_at_once)
+            else:
+                x = step.by_frames(x, device, values_at_once, may_overwrite=x is not video)
+            report(index + 1, len(steps))
+        return Posterior(*x.chunk(2, dim=1))
+
+    def check(self, video: torch.Tensor) -> None:
+        """Raises `ShapeError` unless this is a clip that fits."""
         spatial = math.prod(self.config.spatial_factors)
         if video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape or any(n % spatial for n in video.shape[3:]):
             raise ShapeError(
@@ -112,11 +155,71 @@ class Encoder(nn.Module):
                 f"there must be {FRAMES_PER_LATENT}k+1",
                 f"Cut or extend it, for example to {snap_frames(frames)}",
             )
-        context = WholeClip()
-        x = fourier_features(video).to(dtype or video.dtype).contiguous(memory_format=torch.channels_last_3d)
-        embed, *blocks = self.layers
-        x = pointwise(embed, x)
-        for block in blocks:
-            x = block(x, context)
-        moments = pointwise(self.output_proj, F.silu(per_frame(self.output_norm, x), inplace=True))
-        return Posterior(*moments.chunk(2, dim=1))
+
+    def _steps(self, dtype: torch.dtype) -> "list[Segment | TemporalAttentionBlock]":
+        """The encoder from pixels to moments, cut where attention needs every frame."""
+        embed, *layers = self.layers
+
+        def enter(video: torch.Tensor, context: TemporalContext) -> torch.Tensor:
+            features = fourier_features(video).to(dtype)
+            return pointwise(embed, features.contiguous(memory_format=torch.channels_last_3d))
+
+        def leave(x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
+            return pointwise(self.output_proj, F.silu(per_frame(self.output_norm, x), inplace=True))
+
+        steps: list[Segment | TemporalAttentionBlock] = []
+        channels = self.config.encoder.channels[0]
+        segment = Segment(channels, [enter])
+        for layer in layers:
+            conv: Any
+            blocks: Any = [layer]
+            if isinstance(layer, DownsampleBlock):
+                conv, *blocks = layer.layers
+                channels = conv.out_channels
+                segment.layers.append(partial(run_causal, conv))
+                segment.time *= conv.stride[0]
+            for block in blocks:
+                segment.layers.append(block.convolve)
+                if block.attn_block is not None:
+                    steps += [segment, block.attn_block]
+                    segment = Segment(channels, [])
+        segment.layers.append(leave)
+        return [*steps, segment]
+
+
+@dataclass
+class Segment:
+    """Layers that read no more than a few earlier frames.
+
+    `width` is how many values a pixel that enters becomes at most, `time` how many frames become one. The clip's first
+    frame becomes one alone.
+    """
+
+    width: int
+    layers: list[Callable[[torch.Tensor, TemporalContext], torch.Tensor]]
+    time: int = 1
+
+    def __call__(self, x: torch.Tensor, context: TemporalContext) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
+
+    def by_frames(
+        self, x: torch.Tensor, device: torch.device, values_at_once: int, *, may_overwrite: bool
+    ) -> torch.Tensor:
+        """The same, a few frames at a time on `device`; `x` and what is returned lie where `x` does."""
+        batch, _, frames, height, width = x.shape
+        at_once = max(1, values_at_once // (batch * self.width * height * width * self.time)) * self.time
+        context = KeptContext(values_at_once=values_at_once)
+        out, start, written = None, 0, 0
+        while start < frames:
+            # The first frame alone, so that all the others make whole steps.
+            end = min(frames, start + at_once) if start else 1
+            piece = self(x[:, :, start:end].to(device), context)
+            if out is None:
+                shape = (batch, piece.shape[1], (frames - 1) // self.time + 1, *piece.shape[3:])
+                out = x if may_overwrite and shape == x.shape else channels_last(piece, shape, x.device)
+            out[:, :, written : written + piece.shape[2]] = piece
+            start, written = end, written + piece.shape[2]
+        assert out is not None
+        return out

@@ -35,7 +35,6 @@ def test_upsampling_drops_what_was_before_the_first_frame(randomised, time, fram
 def test_upsampling_drops_nothing_later_on(randomised):
     block, context = randomised(UpsampleBlock(32, 8, 1, False, 3, 2, nn)), KeptContext()
     first = block(clip(1, 32, 1, 3, 2), context)
-    context.next_piece()
     second = block(clip(1, 32, 1, 3, 2), context)
     assert (first.shape[2], second.shape[2]) == (1, 3)
 

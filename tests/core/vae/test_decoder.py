@@ -1,9 +1,12 @@
 import pytest
 import torch
 
-from mochi_core.config import MOCHI_1, TINY
+from benchmarks import harness
+from benchmarks.live_bytes import LiveBytes
+from mochi_core.config import MOCHI_1, TINY, StagesConfig, VAEConfig
 from mochi_core.errors import LatentsError
 from mochi_core.vae import Decoder
+from mochi_core.vae.causal_conv import KeptContext
 from mochi_core.vae.decoder import to_frames
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -20,6 +23,19 @@ def latents(frames, batch=1, height=4, width=6):
     return torch.randn(batch, 12, frames, height, width, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module")
+def medium():
+    """Like the released decoder but narrow: several blocks in each stage."""
+    stages = StagesConfig(32, (1, 2, 3, 4), (1, 2, 2, 1, 2), (False,) * 5)
+    decoder = Decoder(VAEConfig(decoder=stages), device="meta").to_empty(device="cpu")
+    harness.randomize(decoder, seed=3)
+    return decoder
+
+
+def streamed(decoder, z, latents_at_once=1, **context):
+    return torch.cat(list(decoder.stream(z, latents_at_once, KeptContext(**context))), dim=2)
+
+
 class TestStreaming:
     @pytest.mark.parametrize("latents_at_once", (1, 2, 3, 4))
     def test_it_is_exact(self, goldens, golden_decoder, dtype, latents_at_once):
@@ -31,8 +47,50 @@ class TestStreaming:
     @pytest.mark.parametrize("latents_at_once", (1, 2, 3, 99))
     def test_it_is_exact_with_the_tiny_decoder(self, decoder, latents_at_once):
         z = latents(5, batch=2)
-        pieces = torch.cat(list(decoder.stream(z, latents_at_once)), dim=2)
-        torch.testing.assert_close(pieces, decoder(z), rtol=0, atol=STREAM_ERROR[torch.float32])
+        whole = decoder(z)
+        torch.testing.assert_close(streamed(decoder, z, latents_at_once), whole, rtol=0, atol=STREAM_ERROR[z.dtype])
+
+    @pytest.mark.parametrize("latents_at_once", (1, 2, 3, 99))
+    def test_it_is_exact_with_a_medium_decoder(self, medium, latents_at_once):
+        z = latents(4)
+        whole = medium(z)
+        error = 2e-6 * (whole.max() - whole.min()).item()
+        torch.testing.assert_close(streamed(medium, z, latents_at_once), whole, rtol=0, atol=error)
+
+    @pytest.mark.parametrize("values", (1, 3_000, 20_000, 70_000))
+    def test_parts_and_bands_are_exact(self, medium, values):
+        """From a row at a time to several frames."""
+        z = latents(3, batch=2)
+        whole = medium(z)
+        error = 2e-6 * (whole.max() - whole.min()).item()
+        torch.testing.assert_close(streamed(medium, z, values_at_once=values), whole, rtol=0, atol=error)
+
+    @pytest.mark.parametrize("values, most_frames", [(60_000, 1), (100_000, 2), (10**9, 6)])
+    def test_wide_stages_take_a_piece_in_parts(self, decoder, values, most_frames):
+        pieces = list(decoder.stream(latents(3), context=KeptContext(values_at_once=values)))
+        assert max(piece.shape[2] for piece in pieces) == most_frames
+        assert sum(piece.shape[2] for piece in pieces) == 13
+
+    @pytest.mark.parametrize("count", range(2, 29))
+    def test_no_frame_is_lost(self, decoder, count):
+        """7 to 163 frames."""
+        z = latents(count, height=2, width=2)
+        frames = streamed(decoder, z)
+        assert frames.shape == (1, 3, 6 * (count - 1) + 1, 16, 16)
+        # Norms over so few pixels amplify what kernels round.
+        torch.testing.assert_close(frames, decoder(z), rtol=0, atol=2e-5)
+
+    def test_two_hundred_latent_frames(self, decoder):
+        assert streamed(decoder, latents(200, height=1, width=1)).shape[2] == 1195
+
+    def test_what_is_alive_does_not_grow_with_the_clip(self, decoder):
+        def most_alive(count):
+            with LiveBytes() as live:
+                for _ in decoder.stream(latents(count)):
+                    pass
+            return live.peak
+
+        assert most_alive(12) - most_alive(3) <= 9 * latents(1).nbytes
 
     def test_pieces_come_as_they_are_ready(self, decoder, layer_runs):
         runs = layer_runs(decoder)

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from mochi_core.config import MOCHI_1, TINY
+from benchmarks import harness
+from mochi_core.config import MOCHI_1, TINY, StagesConfig, VAEConfig
 from mochi_core.errors import ShapeError
 from mochi_core.vae import Encoder, Posterior
 from mochi_core.vae.encoder import fourier_features
@@ -35,6 +37,67 @@ def test_the_first_frames_give_the_first_latents(golden_encoder, dtype, frames):
     count = (frames - 1) // 6 + 1
     for name in ("mean", "logvar"):
         torch.testing.assert_close(getattr(first, name), getattr(whole, name)[:, :, :count], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def attentive():
+    """Attention in every stage, the first included."""
+    stages = StagesConfig(32, (1, 2, 1, 2), (1, 1, 2, 1, 1), (True,) * 5)
+    encoder = Encoder(VAEConfig(encoder=stages), device="meta").to_empty(device="cpu")
+    harness.randomize(encoder, seed=5)
+    return encoder
+
+
+class TestStagewise:
+    """In any split the same as whole."""
+
+    @pytest.mark.parametrize("values", (1, 5_000, 60_000, 10**9))
+    @pytest.mark.parametrize("frames", (1, 7, 25))
+    def test_it_is_whole(self, encoder, attentive, values, frames):
+        for network in (encoder, attentive):
+            whole, stagewise = network(video(frames)), network.stagewise(video(frames), values_at_once=values)
+            for name in ("mean", "logvar"):
+                expected = getattr(whole, name)
+                error = 2e-6 * max(1, expected.abs().max().item())
+                torch.testing.assert_close(getattr(stagewise, name), expected, rtol=0, atol=error)
+
+    def test_the_goldens(self, golden_encoder, dtype):
+        encoder, clip = golden_encoder(dtype), video(13, batch=2).to(dtype)
+        error = 5e-6 if dtype == torch.float32 else 1e-12
+        whole, stagewise = encoder(clip), encoder.stagewise(clip, values_at_once=20_000)
+        torch.testing.assert_close(stagewise.mean, whole.mean, rtol=0, atol=error)
+        torch.testing.assert_close(stagewise.logvar, whole.logvar, rtol=0, atol=error)
+
+    def test_bfloat16(self, encoder):
+        half = Encoder(TINY.vae, dtype=torch.bfloat16)
+        half.load_state_dict(encoder.state_dict())
+        whole, stagewise = (run(video(7), torch.bfloat16).mean.float() for run in (half, half.stagewise))
+        assert (stagewise - whole).std() / whole.std() < 0.02
+
+    def test_the_video_is_left_alone(self, encoder):
+        clip = video(7)
+        encoder.stagewise(clip, values_at_once=1000)
+        assert torch.equal(clip, video(7))
+
+    def test_no_layer_sees_more_frames_or_rows_than_asked(self, encoder):
+        values = 40_000
+        most = 0
+
+        def look(layer, inputs):
+            nonlocal most
+            most = max(most, inputs[0].numel())
+
+        handles = [conv.register_forward_pre_hook(look) for conv in encoder.modules() if isinstance(conv, nn.Conv3d)]
+        encoder.stagewise(video(25), values_at_once=values)
+        for handle in handles:
+            handle.remove()
+        # A band is framed by two rows and two columns more.
+        assert 0 < most < 2 * values
+
+    def test_steps_are_reported(self, encoder):
+        steps = []
+        encoder.stagewise(video(7), report=lambda step, total: steps.append((step, total)))
+        assert [step for step, _ in steps] == list(range(1, steps[0][1] + 1))
 
 
 def test_a_batch_is_each_alone(encoder):
