@@ -64,6 +64,49 @@ def opened(path: str | Path) -> Reader:
     return SafetensorsFile(path)
 
 
+class Unchanged:
+    """Remembers how a weight file, or each one of a folder, is; called, it raises when that is no longer so.
+
+    Tensors are views of mapped files, and to read what a file no longer has ends the process. Whoever reads them long
+    after opening calls this first. A file that becomes shorter between the call and the reading is not caught.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises `WeightsError` when there is no file."""
+        path = Path(path)
+        folder = path.parent if path.name.endswith(".index.json") else path
+        found = [path]
+        if _is(folder.is_dir):
+            parts = [file for name in PIPELINE_FOLDERS for file in _weight_files(folder / name)]
+            found = _weight_files(folder) or parts
+        self._seen = {file: _stamp(file) for file in found}
+
+    def __call__(self) -> None:
+        """Raises `WeightsError` when a file changed or is gone."""
+        for file, (size, changed) in self._seen.items():
+            now = _stamp(file)
+            if now != (size, changed):
+                was = f"{now[0]} bytes instead of {size}" if now[0] != size else "written anew"
+                raise WeightsError(
+                    f"{file} has changed since it was opened: {was}",
+                    "a weight file must stay as it is while it is in use",
+                    "Wait until whatever writes it is done, and load it again",
+                )
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of the last change. Raises `WeightsError` when there is no such file."""
+    try:
+        status = file.stat()
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{file} is gone or cannot be reached ({error.strerror if isinstance(error, OSError) else error})",
+            "a weight file must stay where it is while it is in use",
+            "Put it back, or choose another, and load it again",
+        ) from error
+    return status.st_size, status.st_mtime_ns
+
+
 def _is(check: Callable[[], bool]) -> bool:
     """What a path is; a name that no file can have, such as a very long one, is nothing."""
     try:

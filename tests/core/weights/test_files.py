@@ -1,6 +1,7 @@
 """Torch archives and folders of shards; what is asked of safetensors and GGUF is in tests of their own."""
 
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from mochi_core.errors import WeightsError
 from mochi_core.weights.checkpoint import Checkpoint
+from mochi_core.weights.files import Unchanged
 
 
 def refused(path, message):
@@ -163,3 +165,58 @@ def test_a_folder_with_two_models_and_no_index(tmp_path):
         save_file({"a.weight": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(WeightsError, match=r"has a.weight in two.safetensors and in another file"):
         Checkpoint(tmp_path)
+
+
+class TestUnchanged:
+    @pytest.fixture
+    def weights(self, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        save_file({"a": torch.ones(100)}, path)
+        return path
+
+    def changed(self, check, path, message):
+        with pytest.raises(WeightsError, match=message) as caught:
+            check()
+        assert str(path) in caught.value.value and "load it again" in caught.value.remedy
+
+    def test_as_long_as_it_is_so(self, weights):
+        check = Unchanged(weights)
+        check()
+        weights.read_bytes()
+        check()
+
+    def test_shorter(self, weights):
+        check, size = Unchanged(weights), weights.stat().st_size
+        weights.write_bytes(weights.read_bytes()[:-1])
+        self.changed(check, weights, f"has changed .*: {size - 1} bytes instead of {size}")
+
+    def test_written_anew(self, weights):
+        check, status = Unchanged(weights), weights.stat()
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        self.changed(check, weights, "written anew")
+
+    def test_gone(self, weights, tmp_path):
+        check = Unchanged(weights)
+        weights.unlink()
+        self.changed(check, weights, "is gone or cannot be reached")
+        self.changed(lambda: Unchanged(tmp_path / "never.safetensors"), "never.safetensors", "is gone")
+        self.changed(lambda: Unchanged(tmp_path / ("a" * 300)), "aaa", "is gone")
+
+    @pytest.mark.parametrize("place", ("", "vae", "transformer"))
+    def test_each_file_of_a_folder(self, tmp_path, place):
+        folder = tmp_path / place
+        folder.mkdir(exist_ok=True)
+        names = [f"part{i}.safetensors" for i in range(2)]
+        for i, name in enumerate(names):
+            save_file({f"a{i}": torch.ones(100)}, folder / name)
+        (folder / "x.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {f"a{i}": name for i, name in enumerate(names)}})
+        )
+        (folder / "notes.txt").write_text("no weights")
+        for path in (tmp_path, folder, folder / "x.safetensors.index.json"):
+            check, content = Unchanged(path), (folder / names[1]).read_bytes()
+            (folder / "notes.txt").write_text("other notes")
+            check()
+            (folder / names[1]).write_bytes(content[:-1])
+            self.changed(check, folder / names[1], "has changed")
+            (folder / names[1]).write_bytes(content)

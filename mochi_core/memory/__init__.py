@@ -1,0 +1,1 @@
+"""Networks on devices that cannot hold them whole."""
