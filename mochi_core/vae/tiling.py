@@ -1,7 +1,7 @@
-"""Decoding in overlapping tiles, as the reference's `tiled_spatial` does, for videos that must match older ones.
+"""Decoding in overlapping tiles: as the reference's `tiled_spatial`, for videos that must match older ones, or freely.
 
 Tiles see no pixels beyond their edge and each norm sees its tile only, so this is not exact: a blend hides the seams.
-`Decoder.stream` needs no tiles.
+Tiles are of space alone, so every frame is there. `Decoder.stream` needs no tiles.
 
 Shapes: `B C T H W` = batch, channels, frames, rows, columns; `t h w` the same in latent space.
 """
@@ -62,3 +62,55 @@ def blend(first: torch.Tensor, second: torch.Tensor, overlap: int, dim: int) -> 
     crossfade = torch.lerp(first.narrow(dim, start, overlap), second.narrow(dim, 0, overlap), weight)
     tail = second.narrow(dim, overlap, second.shape[dim] - overlap)
     return torch.cat([first.narrow(dim, 0, start), crossfade, tail], dim=dim)
+
+
+def decode_blended(
+    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, rows: int, columns: int, overlap: int = 4
+) -> torch.Tensor:
+    """`decode` on `rows` x `columns` tiles of one size, any number of each, crossfaded linearly where they overlap.
+
+    `latents`: `B C t h w`; `overlap` in latent pixels. Returns what `decode` returns, `B 3 T H W`, every frame of it.
+    Raises `ShapeError` on tiles that are more than there are pixels, or that overlap more than their neighbours.
+    """
+    height, width = latents.shape[-2:]
+    row_tiles = _spans("tile rows", rows, height, overlap)
+    column_tiles = _spans("tile columns", columns, width, overlap)
+    out = None
+    for top, bottom in row_tiles:
+        for left, right in column_tiles:
+            tile = decode(latents[..., top:bottom, left:right])
+            down, across = tile.shape[-2] // (bottom - top), tile.shape[-1] // (right - left)
+            if out is None:
+                out = tile.new_zeros((*tile.shape[:-2], height * down, width * across))
+            weight = _share(row_tiles, (top, bottom), down, tile)[:, None]
+            weight = weight * _share(column_tiles, (left, right), across, tile)
+            out[..., top * down : bottom * down, left * across : right * across] += tile * weight
+    assert out is not None
+    return out
+
+
+def _spans(name: str, count: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Where the tiles lie along one axis: of the same length, from the first pixel to the last."""
+    length = -(-(size + (count - 1) * overlap) // max(count, 1))
+    if overlap < 0 or not 1 <= count <= size or (count > 1 and length < 2 * overlap):
+        raise ShapeError(
+            f"{count} {name} of {size} latent pixels with an overlap of {overlap}",
+            "there must be at least one, and each at least twice as long as what it shares with a neighbour",
+            "Use fewer tiles or a smaller overlap",
+        )
+    return [(start, start + length) for start in (round(i * (size - length) / max(count - 1, 1)) for i in range(count))]
+
+
+def _share(spans: list[tuple[int, int]], own: tuple[int, int], scale: int, like: torch.Tensor) -> torch.Tensor:
+    """How much of each pixel along one axis comes from this tile; the shares of all tiles add up to one."""
+    size = spans[-1][1] * scale
+    position = torch.arange(size, dtype=torch.float64) + 0.5
+
+    def weight(start: int, end: int) -> torch.Tensor:
+        # Beyond the picture's edge there is nobody to share with.
+        rise = position - start * scale if start else position + size
+        fall = end * scale - position if end * scale < size else 2 * size - position
+        return torch.minimum(rise, fall).clamp(min=0)
+
+    share = weight(*own) / sum(weight(*span) for span in spans)
+    return share[own[0] * scale : own[1] * scale].to(like)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mochi_core.errors import ShapeError
-from mochi_core.vae.tiling import blend, decode_tiled
+from mochi_core.vae.tiling import blend, decode_blended, decode_tiled
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -68,3 +68,38 @@ def test_tiles_smaller_than_their_overlap(size, count, overlap):
     message = rf"{count} tile columns of {size} latent pixels with an overlap of {overlap}: .*Use fewer tiles"
     with pytest.raises(ShapeError, match=message):
         decode_tiled(pixel_by_pixel, latents(16, size), 1, count, overlap)
+
+
+class TestBlended:
+    @pytest.mark.parametrize("size", [(8, 8), (9, 13), (30, 53)])
+    @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 3), (2, 1), (3, 2), (4, 4)])
+    @pytest.mark.parametrize("overlap", (0, 1, 2))
+    def test_tiles_cover_the_picture(self, size, rows, columns, overlap):
+        z = latents(*size)
+        torch.testing.assert_close(decode_blended(pixel_by_pixel, z, rows, columns, overlap), pixel_by_pixel(z))
+
+    @pytest.mark.parametrize("count", (1, 2, 9))
+    def test_every_frame_is_there(self, tiny, count):
+        z = torch.randn(1, 12, count, 8, 12, generator=torch.Generator().manual_seed(0))
+        out = decode_blended(tiny.decoder, z, 2, 3, 2)
+        assert out.shape == (1, 3, 6 * (count - 1) + 1, 64, 96)
+        # No seam that one could see, and no other picture.
+        whole = tiny.decoder(z)
+        assert (out - whole).abs().mean() < 0.25 * whole.abs().mean()
+
+    def test_neighbours_fade_into_each_other(self):
+        tiles = iter((0.0, 1.0))
+        out = decode_blended(lambda tile: torch.full_like(pixel_by_pixel(tile), next(tiles)), latents(4, 10), 1, 2, 2)
+        line = out[0, 0, 0, 0]
+        assert (line[:32] == 0).all() and (line[48:] == 1).all()
+        torch.testing.assert_close(line[32:48], (torch.arange(16) + 0.5) / 16)
+
+    @pytest.mark.parametrize(
+        "rows, columns, overlap, what",
+        [(0, 1, 0, "0 tile rows"), (1, 17, 0, "17 tile columns"), (8, 1, 4, "8 tile"), (1, 2, -2, "1 tile")],
+    )
+    def test_tiles_that_do_not_fit(self, rows, columns, overlap, what):
+        with pytest.raises(
+            ShapeError, match=rf"^{what}.* of 16 latent pixels with an overlap of {overlap}: there must"
+        ):
+            decode_blended(pixel_by_pixel, latents(16, 16), rows, columns, overlap)
