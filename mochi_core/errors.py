@@ -45,3 +45,7 @@ class LoraError(MochiError):
 
 class KernelError(MochiError):
     """An attention kernel that does not exist or cannot run here."""
+
+
+class MemoryBudgetError(MochiError):
+    """A memory budget that is too small for what was asked, whatever is streamed and cut."""

@@ -32,6 +32,22 @@ class JointAttention(Protocol):
     def __call__(self, visual: QKV, text: QKV, text_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
+def side_by_side(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """`B N A D` and `B L A D` as one `B A N+L D`: a view where they already lie so in memory, else a copy."""
+    batch, tokens, heads, width = visual.shape
+    together = (
+        visual.stride() == text.stride()
+        and text.storage_offset() == visual.storage_offset() + tokens * visual.stride(1)
+        # The address of the storage object, which tensors without memory have too.
+        and visual.untyped_storage()._cdata == text.untyped_storage()._cdata
+        # A view over both would lose the gradient of the second.
+        and not (torch.is_grad_enabled() and (visual.requires_grad or text.requires_grad))
+    )
+    if together:
+        return visual.as_strided((batch, tokens + text.shape[1], heads, width), visual.stride()).transpose(1, 2)
+    return torch.cat([visual.transpose(1, 2), text.transpose(1, 2)], dim=2)
+
+
 @dataclass(frozen=True)
 class PlainJointAttention:
     """Both streams side by side in one call of a kernel from the table. Raises `KernelError` on an unknown name."""
@@ -44,7 +60,7 @@ class PlainJointAttention:
     def __call__(self, visual: QKV, text: QKV, text_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         visual_tokens = visual.q.shape[1]
         # Joined as B A N D: CPU kernels are faster on heads that lie together, and the copy is made anyway.
-        q, k, v = (torch.cat([x.transpose(1, 2) for x in pair], dim=2) for pair in zip(visual, text))
+        q, k, v = (side_by_side(*pair) for pair in zip(visual, text))
         key_mask = None if text_mask is None else F.pad(text_mask, (visual_tokens, 0), value=True)
         out = get_kernel(self.kernel, q.device, q.dtype)(q, k, v, key_mask)  # B A N+L D
         out = out.transpose(1, 2).flatten(2)

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..attention.joint import QKV, JointAttention, PlainJointAttention
 from ..config import DiTConfig
-from .layers import modulated_rms_norm
-from .rope import rotate
+from .layers import in_chunks, modulated_rms_norm
+from .rope import FactoredRotations, Rotation, rotate
 
 HEAD_NORM_EPS = 1e-5
 
@@ -46,14 +46,45 @@ class AsymmetricAttention(nn.Module):
         text: torch.Tensor,
         visual_scale: torch.Tensor,
         text_scale: torch.Tensor,
-        rotation: torch.Tensor,
+        rotation: Rotation,
         text_mask: torch.Tensor | None,
+        *,
+        tokens_at_once: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`visual`: `B N visual_dim`, `text`: `B L text_dim`, scales: `B C`; None for text that is not updated."""
-        visual_out, text_out = self.joint(
-            self.visual_qkv(visual, visual_scale, rotation), self.text_qkv(text, text_scale), text_mask
-        )
-        return self.proj_x(visual_out), None if self.proj_y is None else self.proj_y(text_out)
+        """`visual`: `B N visual_dim`, `text`: `B L text_dim`, scales: `B C`; None for text that is not updated.
+
+        With `tokens_at_once` only the attention itself sees all visual tokens together.
+        """
+        if tokens_at_once is None:
+            table = rotation.table() if isinstance(rotation, FactoredRotations) else rotation
+            streams = self.visual_qkv(visual, visual_scale, table), self.text_qkv(text, text_scale)
+        else:
+            streams = self._qkv_in_chunks(visual, text, visual_scale, text_scale, rotation, tokens_at_once)
+        visual_out, text_out = self.joint(*streams, text_mask)
+        del streams  # three times the visual stream
+        visual_branch = in_chunks(self.proj_x, tokens_at_once, visual_out)
+        return visual_branch, None if self.proj_y is None else self.proj_y(text_out)
+
+    def _qkv_in_chunks(
+        self,
+        visual: torch.Tensor,
+        text: torch.Tensor,
+        visual_scale: torch.Tensor,
+        text_scale: torch.Tensor,
+        rotation: Rotation,
+        tokens_at_once: int,
+    ) -> tuple[QKV, QKV]:
+        """Both streams, each part written to where it lies side by side with the rest: joining them copies nothing."""
+        text_qkv = self.text_qkv(text, text_scale)
+        batch, tokens = visual.shape[:2]
+        # Tokens before heads, so that fused kernels, whose output lies as the queries do, need no copy after them.
+        shape = (batch, tokens + text.shape[1], *text_qkv.v.shape[2:])
+        joined = QKV(*(text_qkv.v.new_empty(shape) for _ in QKV._fields))
+        _put(text_qkv, joined, slice(tokens, None))
+        for start in range(0, tokens, tokens_at_once):
+            part = slice(start, min(start + tokens_at_once, tokens))
+            _put(self.visual_qkv(visual[:, part], visual_scale, rotation[part]), joined, part)
+        return QKV(*(x[:, :tokens] for x in joined)), QKV(*(x[:, tokens:] for x in joined))
 
     def visual_qkv(self, visual: torch.Tensor, scale: torch.Tensor, rotation: torch.Tensor) -> QKV:
         q, k, v = self._heads(self.qkv_x(modulated_rms_norm(visual, scale)))
@@ -66,3 +97,8 @@ class AsymmetricAttention(nn.Module):
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # pyright: ignore[reportReturnType]
+
+
+def _put(qkv: QKV, joined: QKV, tokens: slice) -> None:
+    for x, whole in zip(qkv, joined):
+        whole[:, tokens] = x

@@ -5,6 +5,7 @@ The reference keeps norms, gates and rotations in float32 whatever the weights a
 Shapes: `B` batch, `N` tokens, `C` channels.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,27 @@ from torch.nn import functional as F
 from ..numerics import widen
 
 NORM_EPS = 1e-6
+
+
+def in_chunks(work: Callable[..., torch.Tensor], tokens_at_once: int | None, *streams: torch.Tensor) -> torch.Tensor:
+    """`work(*streams)`, with what it makes on the way for a few tokens at a time; `work` must treat each token alone.
+
+    `streams`: `B N ...`, which are cut into `tokens_at_once` tokens each (None: not at all). Returns `B N ...`.
+    """
+    tokens = streams[0].shape[1]
+    if tokens_at_once is None or tokens_at_once >= tokens:
+        return work(*streams)
+    out, end = None, 0
+    for part in zip(*(stream.split(tokens_at_once, dim=1) for stream in streams)):
+        done = work(*part)
+        if out is None:
+            out = done.new_empty(done.shape[0], tokens, *done.shape[2:])
+        # A new tensor, never the input in place: whoever is around a block may keep what went in.
+        start, end = end, end + done.shape[1]
+        out[:, start:end] = done
+        del done  # not beside the next
+    assert out is not None
+    return out
 
 
 def _rms_normalized(x: torch.Tensor) -> torch.Tensor:

@@ -17,14 +17,14 @@ from ..config import MOCHI_1, DiTConfig
 from ..errors import ConditioningError, LatentsError
 from .block import AsymmetricJointBlock
 from .embed import AttentionPool, PatchEmbed, TimestepEmbed
-from .layers import FinalLayer
-from .rope import rotations
+from .layers import FinalLayer, in_chunks
+from .rope import factored_rotations
 
 Streams = tuple[torch.Tensor, torch.Tensor]
 RunBlock = Callable[..., Streams]
 
 
-def _run_block(index: int, block: AsymmetricJointBlock, *inputs: torch.Tensor | None) -> Streams:
+def _run_block(index: int, block: AsymmetricJointBlock, *inputs: Any) -> Streams:
     return block(*inputs)
 
 
@@ -58,6 +58,20 @@ class AsymmDiT(nn.Module):
         patch_values = config.patch_size**2 * config.latent_channels
         self.final_layer = FinalLayer(dim, patch_values, operations, **factory)
 
+    @property
+    def tokens_at_once(self) -> int | None:
+        """How many visual tokens what is done to each token alone is done to; None, as made, for all.
+
+        Fewer need less memory, and more time only where they are too few to keep the device busy. The numbers are the
+        same up to what a matrix product of another size rounds differently. `memory.need` knows how many fit.
+        """
+        return self.blocks[0].tokens_at_once  # pyright: ignore[reportReturnType]
+
+    @tokens_at_once.setter
+    def tokens_at_once(self, tokens: int | None) -> None:
+        for block in self.blocks:
+            block.tokens_at_once = tokens  # pyright: ignore[reportArgumentType]
+
     def forward(
         self,
         latents: torch.Tensor,
@@ -82,12 +96,16 @@ class AsymmDiT(nn.Module):
 
         text_features, text_mask = compact(text_features.to(latents.dtype), text_mask != 0)
         conditioning = self.t_embedder(sigma, latents.dtype) + self.t5_y_embedder(text_features, text_mask)
-        rotation = rotations(self.pos_frequencies, frames, rows, columns, latents.device)
+        at_once = self.tokens_at_once
+        rotation = factored_rotations(self.pos_frequencies, frames, rows, columns, latents.device)
+        if at_once is None:
+            rotation = rotation.table()
         visual, text = self.x_embedder(latents), self.t5_yproj(text_features)
         ragged_mask = None if text_mask.all() else text_mask
         for index, block in enumerate(self.blocks):
             visual, text = run_block(index, block, visual, text, conditioning, rotation, ragged_mask)
-        return self.unpatchify(self.final_layer(visual, conditioning), frames, rows, columns)
+        patches = in_chunks(lambda x: self.final_layer(x, conditioning), at_once, visual)
+        return self.unpatchify(patches, frames, rows, columns)
 
     def unpatchify(self, patches: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
         """`B N patch_values` -> `B C T H W`."""

@@ -10,6 +10,7 @@ Shapes: `T H W` = latent frames, patch rows, patch columns, `N = T*H*W`, `A` hea
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -28,11 +29,44 @@ def axis_positions(frames: int, rows: int, columns: int) -> tuple[torch.Tensor, 
     return torch.arange(frames, dtype=torch.float64), centered(rows), centered(columns)
 
 
+@dataclass(frozen=True)
+class FactoredRotations:
+    """The table of `rotations` as two small factors: `factored[first:last]` is that part of it, made when asked for.
+
+    `time`: `T A F`, `place`: `H*W A F`.
+    """
+
+    time: torch.Tensor
+    place: torch.Tensor
+
+    def __getitem__(self, tokens: slice) -> torch.Tensor:
+        """The rows of consecutive tokens: `n A F`."""
+        places = len(self.place)
+        start, stop, step = tokens.indices(len(self.time) * places)
+        index = torch.arange(start, stop, step, device=self.place.device)
+        return self.time[index // places] * self.place[index % places]
+
+    def table(self) -> torch.Tensor:
+        """All of it, without the indices: `N A F`."""
+        return (self.time[:, None] * self.place[None]).flatten(0, 1)
+
+
+# What blocks are handed: slices of either are tables.
+Rotation = torch.Tensor | FactoredRotations
+
+
 def rotations(frequencies: torch.Tensor, frames: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Unit complex numbers that turn every token's pairs.
 
     `frequencies`: `3 A F`, learned, in radians a step. Returns `N A F`, complex64 (complex128 for float64 weights).
     """
+    return factored_rotations(frequencies, frames, rows, columns, device).table()
+
+
+def factored_rotations(
+    frequencies: torch.Tensor, frames: int, rows: int, columns: int, device: torch.device
+) -> FactoredRotations:
+    """The same for whoever cannot afford the table, which is twice as large as the visual stream in bfloat16."""
     complex_dtype = torch.complex128 if frequencies.dtype == torch.float64 else torch.complex64
     # Metal has no float64; the small tables are made on the CPU there.
     exact_device = torch.device("cpu") if device.type == "mps" else device
@@ -43,8 +77,7 @@ def rotations(frequencies: torch.Tensor, frames: int, rows: int, columns: int, d
 
     exact = frequencies.to(exact_device, torch.float64)
     time, row, column = (turns(p, f) for p, f in zip(axis_positions(frames, rows, columns), exact))
-    table = time[:, None, None] * (row[:, None] * column[None, :])[None]
-    return table.flatten(0, 2)
+    return FactoredRotations(time, (row[:, None] * column[None, :]).flatten(0, 1))
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dit_forward, harness, peers, vae_decode
+from benchmarks import dit_forward, harness, live_bytes, peers, vae_decode
 from mochi_core.config import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +112,39 @@ def test_quant(tmp_path: Path) -> None:
     assert 0 == rows["bf16"]["weights_relative_rms"] < rows["q8_0"]["weights_relative_rms"] < 0.01
     errors = [rows[name]["error"]["relative_rms"] for name in ("q8_0", "fp8_scaled", "q4_0")]
     assert 0 < errors[0] < errors[1] < errors[2] < 0.2
+
+
+def test_live_bytes_are_counted_from_their_making_to_their_last_reference() -> None:
+    before = torch.zeros(1000)
+    with live_bytes.LiveBytes() as live:
+        view = before.view(10, 100)  # what was there before weighs nothing
+        first = view + 1
+        part = first[0]
+        del first
+        assert live.now == 4000  # the view keeps all of it
+        second = torch.zeros(25, device="meta")
+        del part, view
+    assert (live.now, live.peak) == (100, 4100)
+    assert dict(live.now_on) == {"cpu": 0, "meta": 100} and dict(live.peak_on) == {"cpu": 4000, "meta": 100}
+    assert live.take_peak("cpu") == 4000 and live.take_peak("cpu") == 0
+    del second
+    assert live.now == 0
+
+
+@linux_only
+def test_streaming_plan(tmp_path: Path) -> None:
+    small = "--config tiny --width 256 --height 256 --frames 31 --text-tokens 16 --real-latents 2x8x8 --real-width 96"
+    result = run(tmp_path, "streaming_plan.py", f"{small} --dtype float32 --budgets 0.001 0.0115 0.05")
+    denoise = result["denoise"]
+    whole, cut = (max(denoise[name]["counted_bytes"].values()) for name in ("whole", "cut"))
+    assert cut < whole <= denoise["whole"]["estimated_bytes"] < 1.05 * whole
+    too_small, streamed, ample = denoise["budgets"]
+    assert "the transformer needs at least" in too_small["error"]
+    assert 0 <= streamed["resident"] < 4 == ample["resident"] and ample["tokens_at_once"] is None
+    for row in (streamed, ample):
+        assert 0.9 * row["estimated_bytes"] < row["peak_bytes"] <= row["budget_bytes"] and row["fits"]
+    for row in result["reality"]:
+        assert row["counted_bytes"] == row["really_counted_bytes"] <= row["estimated_bytes"]
 
 
 def test_full_size_dry_run(tmp_path: Path) -> None:
