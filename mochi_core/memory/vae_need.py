@@ -25,6 +25,7 @@ class _Stage:
     """One size of picture: values of a frame, residual blocks, frames made of one that enters, frames of a piece."""
 
     frame: int
+    channels: int
     rows: int
     columns: int
     blocks: int
@@ -46,7 +47,7 @@ def _stages(config: VAEConfig, height: int, width: int, batch: int) -> Iterator[
     for stage, (time, space) in enumerate(zip(times, spaces)):
         frames, rows, columns = frames * time, rows * space, columns * space
         blocks = counts[0] + counts[1] if stage == 0 else counts[stage + 1]
-        yield _Stage(batch * channels[stage] * rows * columns, rows, columns, blocks, time, frames)
+        yield _Stage(batch * channels[stage] * rows * columns, channels[stage], rows, columns, blocks, time, frames)
 
 
 def kept_frames_bytes(config: VAEConfig, size: LatentSize, *, batch: int = 1, dtype: torch.dtype) -> int:
@@ -70,7 +71,7 @@ def streaming_decode_bytes(
     `frames_on_host` with `kept_on_device` bytes is `memory.frames.HostFrames`; without it every frame that is kept is
     on the device. `values_at_once` is the context's.
     """
-    peak, entered = 0, 0
+    peak, entered, pictures = 0, 0, 0
     for stage in _stages(config, size.height, size.width, batch):
         at_once = max(1, values_at_once // (stage.frame * stage.time)) * stage.time
         part = min(stage.frames, at_once) * stage.frame
@@ -84,10 +85,12 @@ def streaming_decode_bytes(
         work = 3 * part + window + moving if stage.blocks else 3 * part
         peak = max(peak, entered + work)
         entered += part
+        pictures = 3 * part // stage.channels
     held = min(kept_on_device, kept_frames_bytes(config, size, batch=batch, dtype=dtype))
     if not frames_on_host:
         held = kept_frames_bytes(config, size, batch=batch, dtype=dtype)
-    return peak * dtype.itemsize + held
+    # What was handed out last may still be held, and what is next is being made.
+    return (peak + 2 * pictures) * dtype.itemsize + held
 
 
 def stagewise_encode_bytes(
@@ -116,9 +119,13 @@ def stagewise_encode_host_bytes(
     half = config.encoder
     frames = (size.frames - 1) * FRAMES_PER_LATENT + 1
     pixels = batch * size.height * size.width * PIXELS_PER_LATENT**2
-    waiting = [half.channels[0] * frames * pixels if half.has_attention[0] else 0]
-    factors = zip(half.channels[1:], config.temporal_factors, config.spatial_factors)
-    for channels, time, space in factors:
+    attends = [bool(count) and own for count, own in zip(half.num_res_blocks, half.has_attention)]
+    # The last two stages have one size of picture.
+    attends = [*attends[:-2], attends[-2] or attends[-1]]
+    waiting = [0]
+    factors = zip(half.channels, (1, *config.temporal_factors), (1, *config.spatial_factors), attends)
+    for channels, time, space, waits in factors:
         frames, pixels = (frames - 1) // time + 1, pixels // space**2
-        waiting.append(channels * frames * pixels)
-    return dtype.itemsize * max(a + b for a, b in itertools.pairwise(waiting))
+        waiting += [channels * frames * pixels] if waits else []
+    moments = 2 * config.latent_channels * frames * pixels
+    return dtype.itemsize * max(a + b for a, b in itertools.pairwise([*waiting, moments]))

@@ -56,7 +56,7 @@ COPIES = 8
 
 
 def attend_by_rows(block: TemporalAttentionBlock, x: torch.Tensor, device: torch.device, values_at_once: int) -> None:
-    """`x = block(x)` in place, a few rows of all frames at a time on `device`; `x` stays where it lies.
+    """`x = block(x)` in place, a few pixels of all frames at a time on `device`; `x` stays where it lies.
 
     The norms see whole frames: their statistics are taken before. Needs no gradients.
     """
@@ -64,6 +64,8 @@ def attend_by_rows(block: TemporalAttentionBlock, x: torch.Tensor, device: torch
     at_once = max(1, values_at_once // (batch * channels * height * width))
     pieces = [statistics(block.norm, piece.to(device)) for piece in x.split(at_once, dim=2)]
     means, inverses = (torch.cat(some, dim=1) for some in zip(*pieces))
-    for rows in x.split(max(1, values_at_once // (COPIES * batch * channels * frames * width)), dim=3):
-        here = rows.to(device)
-        rows.copy_(here + block.attn(normed_by(block.norm, here, means, inverses)))
+    pixels = max(1, values_at_once // (COPIES * batch * channels * frames))
+    for rows in x.split(max(1, pixels // width), dim=3):
+        for some in rows.split(min(width, pixels), dim=4):
+            here = some.to(device)
+            some.copy_(here + block.attn(normed_by(block.norm, here, means, inverses)))
