@@ -1,9 +1,11 @@
 """The command line: `python -m mochi_core.cli`."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -11,8 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .errors import MochiError
+from .latents_file import read_latents, write_latents
+from .sampling.guidance import RELEASED_SCALE
+from .sampling.schedule import RELEASED_STEPS, linear_quadratic
+from .shapes import FRAMES_PER_LATENT, VideoSize
 from .weights import convert as conversion
 from .weights import formats, layouts
+from .weights.build import TINY_VAE, load_decoder
 from .weights.checkpoint import Checkpoint
 
 app = typer.Typer(help="Mochi 1: weight files and more.", no_args_is_help=True, add_completion=False)
@@ -37,8 +44,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write weights in another layout or format, in the memory of a few tensors."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _said(), Progress(*columns, console=errors, transient=True) as bar:
+    with _said(), _bar() as bar:
         task = bar.add_task("converting")
         written = conversion.convert(
             source,
@@ -68,6 +74,141 @@ def inspect(source: Annotated[Path, typer.Argument(metavar="FILE", help="A weigh
         if not table.row_count:
             layouts.find(checkpoint, layouts.DIT)  # raises, and says what it is instead
     console.print(table)
+
+
+Gigabytes = Annotated[float | None, typer.Option(help="Device memory to use, in GB; by default, what is free.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cuda, xpu, mps or cpu; auto takes the first there is.")]
+Width = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
+Height = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
+Frames = Annotated[int, typer.Option(help="6k+1; 163 are 5.4 seconds.")]
+
+
+@app.command()
+def plan(
+    width: Width = 848,
+    height: Height = 480,
+    frames: Frames = 163,
+    budget: Gigabytes = None,
+    device: Device = "auto",
+) -> None:
+    """Say how the released model in bfloat16 would make a video in a budget: what is resident, streamed, in chunks."""
+    from .memory.plan import MemoryPolicy, Networks  # slow to import, as is all that knows the networks
+
+    with _said():
+        policy = MemoryPolicy(_device(device, must_be_here=budget is None), None if budget is None else budget * 1e9)
+        made = policy.plan(VideoSize(width, height, frames), Networks.released())
+    console.print(str(made), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="An .mp4 file.")],
+    dit: Annotated[Path | None, typer.Option(help="The transformer's file or folder.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="The VAE's, with a decoder.")] = None,
+    t5: Annotated[Path | None, typer.Option(help="The text encoder's.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or spiece.model.")] = None,
+    negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
+    width: Width = 848,
+    height: Height = 480,
+    frames: Frames = 163,
+    steps: Annotated[int, typer.Option(help="Fewer are faster and rougher.")] = RELEASED_STEPS,
+    cfg: Annotated[float, typer.Option(help="How far to follow the prompt.")] = RELEASED_SCALE,
+    seed: Annotated[int, typer.Option(help="The same seed, size and files give the same video.")] = 0,
+    budget: Gigabytes = None,
+    device: Device = "auto",
+) -> None:
+    """Make a video. Without files, with the small checkpoint that comes along: 64 x 64, 13 or 19 frames.
+
+    The latents are saved beside the video until it is written: `decode` goes on from there.
+    """
+    from .memory.plan import MemoryPolicy
+    from .pipeline import MochiPipeline, TextToVideo
+
+    given = dict(dit=dit, vae=vae, t5=t5, tokenizer=tokenizer)
+    with _said():
+        missing = [name for name, path in given.items() if path is None]
+        if 0 < len(missing) < len(given):
+            raise MochiError(
+                f"--{', --'.join(missing)} not given", "all four files belong to a model", "Give them all, or none"
+            )
+        _check_target(target)
+        memory = MemoryPolicy(_device(device), None if budget is None else budget * 1e9)
+        size = VideoSize(width, height, frames)
+        request = TextToVideo(prompt, negative, size, linear_quadratic(steps), cfg, seed)
+        files: Any = given
+        pipeline = MochiPipeline.tiny(memory=memory) if missing else MochiPipeline.from_files(**files, memory=memory)
+        errors.print(str(pipeline.plan(request)), soft_wrap=True, highlight=False, markup=False)
+        with _bar() as bar:
+            task = bar.add_task("sampling", total=steps)
+            latents = pipeline.sample(request, lambda step, total, preview=None: bar.update(task, completed=step))
+        kept = target.with_suffix(".latent")
+        write_latents(kept, latents)
+        try:
+            _write(target, pipeline.decode(latents), frames)
+        except BaseException:
+            errors.print(f"The latents are kept: decode {kept} {target}", soft_wrap=True, highlight=False, markup=False)
+            raise
+        kept.unlink()
+
+
+@app.command()
+def decode(
+    source: Annotated[Path, typer.Argument(metavar="LATENTS", help="What `generate` or ComfyUI's Save Latent wrote.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="An .mp4 file.")],
+    vae: Annotated[Path | None, typer.Option(help="A VAE with a decoder; by default, the small checkpoint's.")] = None,
+    budget: Gigabytes = None,
+    device: Device = "auto",
+) -> None:
+    """Make a video of saved latents."""
+    from .memory.plan import MemoryPolicy
+    from .pipeline import decode as decoded
+
+    with _said():
+        _check_target(target)
+        latents = read_latents(source)
+        memory = MemoryPolicy(_device(device), None if budget is None else budget * 1e9)
+        decoder = load_decoder(vae or TINY_VAE)
+        _write(target, decoded(decoder, latents, memory), (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1)
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix.lower() != ".mp4":
+        raise MochiError(f"OUT is {target}", "it must end in .mp4", f"Use {target.with_suffix('.mp4')}")
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=errors, transient=True)
+
+
+def _write(target: Path, pieces: Iterator[torch.Tensor], frames: int) -> None:
+    """Writes a video's pieces, `1 T H W 3`, as they come."""
+    from .video_file import write_mp4
+
+    with _bar() as bar:
+        task = bar.add_task("decoding", total=frames)
+
+        def reported() -> Iterator[torch.Tensor]:
+            for piece in pieces:
+                yield piece[0]
+                bar.advance(task, piece.shape[1])
+
+        count = write_mp4(target, reported())
+    console.print(f"{target} ({count} frames)", soft_wrap=True, highlight=False, markup=False)
+
+
+def _device(name: str, *, must_be_here: bool = True) -> str:
+    """The device called so, or the first there is for `auto`. Raises `MochiError` when it is not here but must be."""
+    here = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind, None) and _backend(kind).is_available()]
+    kind = name.partition(":")[0]
+    if name != "auto" and must_be_here and kind not in (*here, "cpu"):
+        raise MochiError(f"--device is {name}", f"here are {', '.join([*here, 'cpu'])}", "Choose one of them, or auto")
+    return name if name != "auto" else (*here, "cpu")[0]
+
+
+def _backend(kind: str) -> Any:
+    return torch.backends.mps if kind == "mps" else getattr(torch, kind)
 
 
 class _said:

@@ -132,6 +132,16 @@ def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: 
     return VAE(networks[0], networks[1], _statistics(checkpoint, config.latent_channels))
 
 
+def load_decoder(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """The decoder of a VAE file or folder; the rest as for `load_vae`."""
+    decoder = load_vae(path, dtype=dtype).decoder
+    if decoder is None:
+        raise WeightsError(
+            f"{path} has no decoder", "decoding needs one", "Load decoder.safetensors, or the combined VAE"
+        )
+    return decoder
+
+
 def checked_vae(checkpoint: Checkpoint, decoder: Entries | None, encoder: Entries | None) -> VAEConfig:
     """The architecture of the file's VAE, from metadata or shapes. Raises unless its halves are whole."""
     source, values = str(checkpoint.path), own_config(checkpoint)

@@ -1,16 +1,29 @@
 import math
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from mochi_core.config import DiTConfig
 from mochi_core.dit import AsymmDiT
-from mochi_core.errors import ConditioningError, LatentsError, ScheduleError, ShapeError
+from mochi_core.errors import (
+    ConditioningError,
+    LatentsError,
+    MemoryBudgetError,
+    ScheduleError,
+    ShapeError,
+    WeightsError,
+)
 from mochi_core.latents import LatentStatistics
+from mochi_core.memory import plan as plan_module
+from mochi_core.memory.copies import SideStream
+from mochi_core.memory.plan import MemoryPolicy, plan
 from mochi_core.pipeline import MochiPipeline, TextToVideo
 from mochi_core.sampling.schedule import linear_quadratic
 from mochi_core.shapes import VideoSize
+from mochi_core.weights import build
 
 REQUEST = TextToVideo(
     "a red circle moving right on a black background",
@@ -153,3 +166,63 @@ class TestRequestsThatCannotBe:
         with pytest.raises(LatentsError, match=r"statistics have 1 channels: this DiT makes latents of 12\."):
             replace(tiny, statistics=LatentStatistics((0.0,), (1.0,)))
         assert runs() == 0
+
+
+class Elsewhere(MemoryPolicy):
+    """A policy for a device that is not here: all is streamed, in chunks, though there is room."""
+
+    def plan(self, size, networks, *, batch=1):
+        made = plan(10**12, size, networks, "cuda", batch=batch, host_bytes=0)
+        text, dit = (replace(part, resident=1) for part in (made.text, made.dit))
+        return replace(made, text=text, dit=replace(dit, tokens_at_once=5))
+
+
+class TestMemory:
+    def test_as_much_as_is_free(self, tiny):
+        ours = replace(tiny, memory=MemoryPolicy("cpu"))
+        assert torch.equal(ours(REQUEST), tiny(REQUEST))
+        assert "weights where they were loaded" in str(ours.plan(REQUEST))
+        assert tiny.plan(REQUEST) is None
+
+    def test_streamed_in_chunks_it_is_the_same_video(self, tiny, monkeypatch):
+        monkeypatch.setattr(plan_module, "streamed", partial(plan_module.streamed, copies=SideStream("cpu")))
+        ours = replace(tiny, memory=Elsewhere("cpu"))
+        torch.testing.assert_close(ours(REQUEST), tiny(REQUEST), rtol=0, atol=1e-4)
+
+    def test_too_little_is_said_before_anything_runs(self, tiny, layer_runs):
+        ours = replace(tiny, memory=MemoryPolicy("cpu", budget=1000))
+        runs = layer_runs(ours.text_encoder.model)
+        with pytest.raises(MemoryBudgetError, match="needs at least"):
+            ours(REQUEST)
+        assert not runs
+
+    def test_a_cancelled_step_leaves_no_trace(self, tiny, monkeypatch):
+        monkeypatch.setattr(plan_module, "streamed", partial(plan_module.streamed, copies=SideStream("cpu")))
+        ours = replace(tiny, memory=Elsewhere("cpu"))
+        before = [id(parameter) for parameter in ours.dit.parameters()]
+
+        def cancel(step, total, preview=None):
+            raise Cancelled
+
+        with pytest.raises(Cancelled):
+            ours.sample(REQUEST, cancel)
+        assert [id(parameter) for parameter in ours.dit.parameters()] == before
+        assert ours.dit.tokens_at_once is None
+        torch.testing.assert_close(ours(REQUEST), tiny(REQUEST), rtol=0, atol=1e-4)
+
+    def test_a_file_that_changed_is_noticed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(plan_module, "streamed", partial(plan_module.streamed, copies=SideStream("cpu")))
+        dit = tmp_path / "dit.safetensors"
+        shutil.copy(build.TINY_DIT, dit)
+        ours = MochiPipeline.from_files(
+            dit=dit, vae=build.TINY_VAE, t5=build.TINY_T5, tokenizer=build.TINY_TOKENIZER, memory=Elsewhere("cpu")
+        )
+        dit.touch()
+        with pytest.raises(WeightsError, match=r"dit\.safetensors"):
+            ours(REQUEST)
+
+    def test_a_batch_of_latents(self, tiny):
+        ours = replace(tiny, memory=MemoryPolicy("cpu"))
+        latents = torch.randn(2, 12, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+        frames = torch.cat(list(ours.decode(latents)), dim=1)
+        assert frames.shape == (2, 7, 40, 56, 3)

@@ -1,0 +1,322 @@
+"""What a budget of memory allows: which weights stay on the device, which are streamed, in what parts work is done.
+
+print(plan(8e9, VideoSize(848, 480, 163), Networks.released(), "cuda"))
+
+A plan is made before anything is loaded or moved. `placed` and `decode_context` do what it says.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ..config import MOCHI_1, ModelConfig, TextConfig
+from ..dit import AsymmDiT
+from ..errors import MemoryBudgetError
+from ..shapes import LatentSize, VideoSize
+from ..text.t5 import empty_t5
+from ..text.tokenizer import MAX_TOKENS
+from ..vae import Decoder
+from ..vae.causal_conv import VALUES_AT_ONCE, KeptContext
+from .blocks import Check, Source, Traffic, device_bytes, streamed
+from .frames import HostFrames
+from .need import FEWEST_TOKENS, dit_activations, t5_activations, tokens_at_once_for
+from .vae_need import kept_frames_bytes, streaming_decode_bytes
+
+# What of a budget is left to kernels' workspaces and to what an allocator cannot fill.
+KEPT_BACK = 1 / 16
+# Matrix products of so many rows keep a device busy: such chunks cost nothing, so they come before streaming.
+BUSY_TOKENS = 4096
+# Into how many parts what a wide stage of the decoder does at once may be divided.
+DIVISIONS = (1, 2, 4, 16)
+# Of the host's free memory, how much streamed weights may pin. When they need more they are read from the file.
+PINNED_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The three networks that a plan is for; on the meta device will do. `text` is transformers' T5 encoder."""
+
+    text: Any
+    dit: AsymmDiT
+    decoder: Decoder
+
+    @classmethod
+    def released(cls, config: ModelConfig = MOCHI_1, dtype: torch.dtype = torch.bfloat16) -> "Networks":
+        """Networks of the released sizes in `dtype`, without weights."""
+        text: Any = empty_t5(config.text)
+        made: dict[str, Any] = dict(dtype=dtype, device="meta")
+        networks = text.to(dtype=dtype), AsymmDiT(config.dit, **made), Decoder(config.vae, **made)
+        return cls(*(network.requires_grad_(False) for network in networks))  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """How one network of blocks runs: `resident` of them stay on the device, the others wait in `source`.
+
+    `weights` and `activations` are bytes on the device at the peak; `streamed_bytes` wait on the host.
+    """
+
+    blocks: int
+    resident: int
+    source: Source
+    weights: int
+    activations: int
+    streamed_bytes: int = 0
+    tokens_at_once: int | None = None
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.activations
+
+    def __str__(self) -> str:
+        words = (
+            f"{self.resident} of {self.blocks} blocks resident" if self.weights else "weights where they were loaded"
+        )
+        if self.resident < self.blocks:
+            words += f", {self.streamed_bytes / 1e9:.2f} GB streamed from "
+            words += "host memory" if self.source == "pinned" else "the file"
+        return words if self.tokens_at_once is None else f"{words}, {self.tokens_at_once} tokens at once"
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How the decoder streams: bytes of kept frames that are on the device, and on the host; see `KeptContext`."""
+
+    frames_on_device: int
+    frames_on_host: int
+    values_at_once: int
+    weights: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.activations
+
+    def __str__(self) -> str:
+        words = "streaming"
+        if self.frames_on_host:
+            words += f", {self.frames_on_host / 1e9:.2f} GB of kept frames on the host"
+        if self.values_at_once < VALUES_AT_ONCE:
+            words += f", in parts of {self.values_at_once / 2**20:.0f}M values"
+        return words
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens, one network after the other, and how much of the device each takes. Printable."""
+
+    budget: int
+    size: VideoSize
+    device: torch.device
+    text: NetworkPlan
+    dit: NetworkPlan
+    decode: DecodePlan
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the worst moment."""
+        return max(self.text.peak, self.dit.peak, self.decode.peak)
+
+    def __str__(self) -> str:
+        size = self.size
+        lines = [f"{size.width} x {size.height}, {size.frames} frames, {self.budget / 1e9:.1f} GB on {self.device}"]
+        for name, part in (("text", self.text), ("DiT", self.dit), ("decode", self.decode)):
+            lines.append(f"  {name:<7} {part.peak / 1e9:6.2f} GB  {part}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """Where networks run, and in how much memory: bytes of the device, and bytes of the host that may be pinned.
+
+    None is what is free when a video is begun; of the host, most of it.
+    """
+
+    device: torch.device | str
+    budget: float | None = None
+    host_bytes: int | None = None
+
+    @property
+    def budget_now(self) -> float:
+        """The bytes of the device that may be used."""
+        return free_bytes(self.device) if self.budget is None else self.budget
+
+    def plan(self, size: VideoSize, networks: Networks, *, batch: int = 1) -> Plan:
+        """What `plan` says. Raises `MemoryBudgetError`, which says the least that will do."""
+        return plan(self.budget_now, size, networks, self.device, batch=batch, host_bytes=self.host_bytes)
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """How much of a device's memory nobody uses; of unified memory, how much torch would still take."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    module: Any = torch.get_device_module(device)
+    if device.type == "mps":
+        return module.recommended_max_memory() - module.current_allocated_memory()
+    module.empty_cache()
+    return module.mem_get_info(device)[0]
+
+
+def plan(
+    budget: float,
+    size: VideoSize,
+    networks: Networks,
+    device: torch.device | str,
+    *,
+    batch: int = 1,
+    text_tokens: int = MAX_TOKENS,
+    host_bytes: int | None = None,
+) -> Plan:
+    """How `networks` make a video of `size` with `budget` bytes of `device`, one after the other.
+
+    Work goes in chunks of tokens before weights are streamed, as that costs nothing; then as many blocks stay as fit.
+    `batch` is 2 when both halves of guidance run together. `host_bytes` may be pinned: by default, most of what is
+    free. On a CPU, weights lie where they were loaded: mapped from their file, unless they were cast, and not counted.
+
+    Raises `MemoryBudgetError`, which says the least that will do.
+    """
+    device = torch.device(device)
+    pinnable = int(psutil.virtual_memory().available * PINNED_SHARE) if host_bytes is None else host_bytes
+    available = _usable(budget)
+    return Plan(
+        int(budget),
+        size,
+        device,
+        _text_plan(networks.text, available, device, pinnable),
+        _dit_plan(networks.dit, size.latent, available, device, pinnable, batch, text_tokens),
+        decode_plan(networks.decoder, size.latent, budget, device),
+    )
+
+
+def _text_plan(network: Any, available: int, device: torch.device, pinnable: int) -> NetworkPlan:
+    config = TextConfig(**{name: getattr(network.config, name) for name in TextConfig.__dataclass_fields__})
+    need = t5_activations(config, dtype=_dtype(network))
+    return _streaming("the text encoder", network, network.encoder.block, available, need, device, pinnable)
+
+
+def _dit_plan(
+    network: AsymmDiT, size: LatentSize, available: int, device: torch.device, pinnable: int, batch: int, tokens: int
+) -> NetworkPlan:
+    described = dict(batch=batch, text_tokens=tokens, dtype=_dtype(network))
+
+    def need(at_once: int | None) -> int:
+        return dit_activations(network.config, size, tokens_at_once=at_once, **described)  # pyright: ignore
+
+    whole, least = need(None), need(FEWEST_TOKENS)
+    busy = min(whole, need(BUSY_TOKENS))
+    all_weights, fewest_weights = (_weights(network, [*network.blocks], n, device) for n in (len(network.blocks), 0))
+    if all_weights + whole <= available:
+        at_once = None
+    elif fewest_weights + busy <= available:
+        at_once = BUSY_TOKENS if busy < whole else None
+    else:
+        _check(available, fewest_weights + min(least, whole), "the transformer")
+        at_once = tokens_at_once_for(network.config, size, available - fewest_weights, **described)  # pyright: ignore
+    return _streaming(
+        "the transformer",
+        network,
+        [*network.blocks],
+        available,
+        need(at_once),
+        device,
+        pinnable,
+        tokens_at_once=at_once,
+    )
+
+
+def _streaming(
+    name: str,
+    network: nn.Module,
+    blocks: Sequence[nn.Module],
+    available: int,
+    activations: int,
+    device: torch.device,
+    pinnable: int,
+    **more: Any,
+) -> NetworkPlan:
+    """As many resident blocks as fit beside the activations."""
+    count = len(blocks)
+    needs = {resident: _weights(network, blocks, resident, device) for resident in range(count, -1, -1)}
+    _check(available, min(needs.values()) + activations, name)
+    resident = next(number for number, weights in needs.items() if weights + activations <= available)
+    waiting = (
+        _weights(network, blocks, count, device) - device_bytes(network, blocks, resident) if resident < count else 0
+    )
+    source: Source = "pinned" if waiting <= pinnable else "file"
+    return NetworkPlan(count, resident, source, needs[resident], activations, waiting, **more)
+
+
+def decode_plan(
+    decoder: Decoder, size: LatentSize, budget: float, device: torch.device | str, *, batch: int = 1
+) -> DecodePlan:
+    """How the decoder streams with `budget` bytes of `device`; the rest as for `plan`."""
+    available = _usable(budget)
+    dtype, is_cpu = _dtype(decoder), torch.device(device).type == "cpu"
+    weights = 0 if is_cpu else sum(parameter.nbytes for parameter in decoder.parameters())
+    kept = kept_frames_bytes(decoder.config, size, batch=batch, dtype=dtype)
+    need = 0
+    # Smaller parts cost less time than frames that travel.
+    for on_host in (False,) if is_cpu else (False, True):
+        for division in DIVISIONS:
+            values = VALUES_AT_ONCE // division
+            need = streaming_decode_bytes(
+                decoder.config, size, batch=batch, dtype=dtype, frames_on_host=on_host, values_at_once=values
+            )
+            if weights + need <= available:
+                stay = min(kept, available - weights - need) if on_host else kept
+                return DecodePlan(stay, kept - stay, values, weights, need + (stay if on_host else 0))
+    _check(available, weights + need, "the decoder")
+    raise AssertionError  # what does not fit was refused
+
+
+def _usable(budget: float) -> int:
+    return int(budget * (1 - KEPT_BACK))
+
+
+def _check(available: int, need: int, name: str) -> None:
+    if need > available:
+        raise MemoryBudgetError(
+            f"The budget is {available / (1 - KEPT_BACK) / 1e9:.2f} GB",
+            f"{name} needs at least {need / (1 - KEPT_BACK) / 1e9:.2f} GB for this size",
+            "Allow more memory, or make a smaller or shorter video",
+        )
+
+
+def _weights(network: nn.Module, blocks: Sequence[nn.Module], resident: int, device: torch.device) -> int:
+    return 0 if device.type == "cpu" else device_bytes(network, blocks, resident)
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """What a network computes in, as far as its parameters tell."""
+    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+
+
+# What a plan says, done
+
+
+@contextmanager
+def placed(
+    network: Any, blocks: Sequence[nn.Module], how: NetworkPlan, device: torch.device | str, check: Check | None = None
+) -> Iterator[Traffic]:
+    """The network runs on `device` as planned, for as long as the block runs. `check` as for `streamed`."""
+    tokens_before = getattr(network, "tokens_at_once", None)
+    with streamed(network, blocks, device, resident=how.resident, source=how.source, check=check) as traffic:
+        try:
+            if how.tokens_at_once != tokens_before:
+                network.tokens_at_once = how.tokens_at_once
+            yield traffic
+        finally:
+            if how.tokens_at_once != tokens_before:
+                network.tokens_at_once = tokens_before
+
+
+def decode_context(how: DecodePlan, device: torch.device | str) -> KeptContext:
+    """What `Decoder.stream` needs to decode one clip as planned."""
+    store = HostFrames(device, how.frames_on_device) if how.frames_on_host else None
+    return KeptContext(store, how.values_at_once)

@@ -1,0 +1,67 @@
+"""The commands that make videos; those for weight files are in weights/test_convert.py."""
+
+import av
+import pytest
+from typer.testing import CliRunner
+
+from mochi_core import pipeline
+from mochi_core.cli import app
+
+SMALL = ["--width", "32", "--height", "32", "--frames", "7", "--steps", "2", "--device", "cpu"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def frames_of(path):
+    with av.open(str(path)) as file:
+        return sum(1 for _ in file.decode(video=0))
+
+
+def test_plan():
+    result = run("plan", "--budget", 6, "--device", "cuda")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("848 x 480, 163 frames, 6.0 GB on cuda\n")
+
+
+def test_plan_in_too_little():
+    result = run("plan", "--budget", 1, "--device", "cuda")
+    assert result.exit_code == 1
+    assert "needs at least" in result.stderr
+
+
+def test_generate(tmp_path):
+    result = run("generate", "a red circle", tmp_path / "red.mp4", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "red.mp4 (7 frames)" in result.stdout
+    assert frames_of(tmp_path / "red.mp4") == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["red.mp4"]
+
+
+def test_a_failed_decode_does_not_cost_the_sampling(tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(pipeline.MochiPipeline, "decode", lambda *_: iter([None]))
+        failed = run("generate", "a red circle", tmp_path / "red.mp4", *SMALL)
+    assert failed.exit_code == 1
+    assert f"The latents are kept: decode {tmp_path / 'red.latent'}" in failed.stderr
+    result = run("decode", tmp_path / "red.latent", tmp_path / "red.mp4", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert frames_of(tmp_path / "red.mp4") == 7
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("red.mov", *SMALL), "OUT is red.mov: it must end in .mp4"),
+        (("red.mp4", *SMALL, "--dit", "a", "--t5", "b"), "--vae, --tokenizer not given"),
+        (("red.mp4", "--frames", "8"), "frames is 8"),
+        (("red.mp4", *SMALL, "--budget", "0.0001"), "needs at least"),
+        (("red.mp4", "--device", "tpu"), "--device is tpu"),
+    ],
+)
+def test_what_cannot_be_generated(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", "a red circle", *arguments)
+    assert result.exit_code == 1 and message in result.stderr
+    assert not list(tmp_path.iterdir())
