@@ -31,7 +31,8 @@ from mochi_core.config import MOCHI_1, TINY, DiTConfig
 from mochi_core.dit import AsymmDiT
 from mochi_core.errors import MemoryBudgetError
 from mochi_core.memory import need
-from mochi_core.memory.blocks import SLOTS, streamed
+from mochi_core.memory.blocks import streamed
+from mochi_core.memory.waiting import SLOTS
 from mochi_core.memory.copies import SideStream
 from mochi_core.shapes import LatentSize, VideoSize
 

@@ -16,7 +16,7 @@ from torch import nn
 from .dit import AsymmDiT
 from .errors import ConditioningError, LatentsError
 from .latents import LatentStatistics, require_finite
-from .memory.blocks import Check, on_device
+from .memory.borrowing import Check, on_device
 from .memory.plan import MemoryPolicy, NetworkPlan, Networks, Plan, decode_context, decode_plan, placed
 from .progress import Progress, silent
 from .sampling.guidance import RELEASED_SCALE, Guidance, checked, constant

@@ -22,10 +22,13 @@ from ..text.t5 import empty_t5
 from ..text.tokenizer import MAX_TOKENS
 from ..vae import Decoder
 from ..vae.causal_conv import VALUES_AT_ONCE, KeptContext
-from .blocks import Check, Source, Traffic, device_bytes, streamed
+from .blocks import device_bytes, streamed
+from .borrowing import Check
 from .frames import HostFrames
 from .need import FEWEST_TOKENS, dit_activations, t5_activations, tokens_at_once_for
+from .turns import Traffic
 from .vae_need import kept_frames_bytes, streaming_decode_bytes
+from .waiting import Source
 
 # What of a budget is left to kernels' workspaces and to what an allocator cannot fill.
 KEPT_BACK = 1 / 16

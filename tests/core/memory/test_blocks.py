@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mochi_core.errors import MochiError, WeightsError
-from mochi_core.memory.blocks import block_bytes, device_bytes, on_device, spread, streamed
+from mochi_core.memory.blocks import block_bytes, device_bytes, spread, streamed
+from mochi_core.memory.borrowing import on_device
 from mochi_core.memory.copies import SideStream
 from mochi_core.weights import build
 from mochi_core.weights.convert import convert
