@@ -1,16 +1,16 @@
-"""What a memory budget gives, and whether a forward keeps to it: counted at full size, without the memory.
+"""What `memory.plan` makes of a budget, and whether the work keeps to it: counted at full size, without the memory.
 
-    python benchmarks/streaming_plan.py [--width 848 --height 480 --frames 163] [--budgets 6 8 12 16 24]
+    python benchmarks/streaming_plan.py [--width 848 --height 480 --frames 163] [--budgets 3 6 8 12 16 24]
 
-The forward runs on tensors that have shapes and no memory, on a device that need not be here, and what they would hold
-is counted from the operation that makes them to their last reference. That the count is the truth is shown beside it:
-a small model runs really on the CPU, counted the same way, and by how much the process grows. Weights are counted
-counted too where blocks are streamed: what is not in a block, the blocks that stay, and two slots for the others.
+A forward of the transformer and a decode run as planned, on tensors that have shapes and no memory, on a device that
+need not be here; what they would hold is counted from the operation that makes them to their last reference, weights
+included. (The decode does not grow with the clip: some latent frames are decoded.) That the count is the truth is shown
+beside it: a small model runs really on the CPU, counted the same way, and by how much the process grows.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,14 +27,17 @@ from benchmarks import harness
 from benchmarks.live_bytes import LiveBytes
 from mochi_core.attention import sdpa
 from mochi_core.attention.joint import JointAttention
-from mochi_core.config import MOCHI_1, TINY, DiTConfig
+from mochi_core.config import MOCHI_1, TINY, DiTConfig, VAEConfig
 from mochi_core.dit import AsymmDiT
 from mochi_core.errors import MemoryBudgetError
-from mochi_core.memory import need
 from mochi_core.memory.blocks import streamed
-from mochi_core.memory.waiting import SLOTS
 from mochi_core.memory.copies import SideStream
+from mochi_core.memory.frames import HostFrames
+from mochi_core.memory.need import FEWEST_TOKENS, dit_activations
+from mochi_core.memory.plan import DecodePlan, Networks, plan
 from mochi_core.shapes import LatentSize, VideoSize
+from mochi_core.vae import Decoder
+from mochi_core.vae.causal_conv import KeptContext
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Case:
         )
 
     def need(self) -> int:
-        """What `need.dit_activations` says of it."""
-        return need.dit_activations(
+        """What `memory.need` says of it."""
+        return dit_activations(
             self.config,
             self.size,
             batch=self.batch,
@@ -161,69 +164,47 @@ def counted(case: Case, resident: int | None = None) -> dict[str, int]:
 # Budgets
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a forward of the DiT keeps to a budget."""
-
-    resident: int
-    tokens_at_once: int | None
-    weights_bytes: int
-
-
-def plan(case: Case, budget: int) -> Plan:
-    """First as many resident blocks as fit beside the smallest forward, then as many tokens at once as still fit.
-
-    A block that stays saves its copy in each forward; more tokens at once than the fewest save little.
-
-    Raises `MemoryBudgetError` when not even streaming every block is enough.
-    """
-    weights = need.dit_weights(case.config, case.dtype)
-    smallest = replace(case, tokens_at_once=need.FEWEST_TOKENS).need()
-    depth = len(weights.blocks)
-    resident = next((n for n in range(depth, 0, -1) if on_device(weights, n) + smallest <= budget), 0)
-    held = on_device(weights, resident)
-    tokens = need.tokens_at_once_for(
-        case.config, case.size, budget - held, batch=case.batch, text_tokens=case.text_tokens, dtype=case.dtype
-    )
-    return Plan(resident, tokens, held)
-
-
-def on_device(weights: need.WeightBytes, resident: int) -> int:
-    """The bytes of weights on the device when so many blocks stay and the others pass through two slots."""
-    streamed_blocks = len(weights.blocks) - resident
-    return weights.outside + (resident + min(SLOTS, streamed_blocks)) * max(weights.blocks)
-
-
-def denoise(case: Case, budgets: Sequence[float]) -> dict[str, Any]:
-    """One forward of the DiT: with nothing cut, cut as far as is sensible, and as each budget (GB) allows."""
+def denoise(case: Case) -> dict[str, Any]:
+    """One forward of the DiT beside its weights: with nothing cut, and cut as far as is sensible."""
     # All blocks but the last are alike, and what is alive in one does not depend on how many were before it.
     whole = replace(case, config=replace(case.config, depth=2))
-    cut = replace(whole, tokens_at_once=need.FEWEST_TOKENS)
-    weights = need.dit_weights(case.config, case.dtype)
+    cut = replace(whole, tokens_at_once=FEWEST_TOKENS)
     return {
-        "weights": {"outside": weights.outside, "block": max(weights.blocks), "total": weights.total},
         "whole": {"estimated_bytes": whole.need(), "counted_bytes": counted(whole)},
         "cut": {"estimated_bytes": cut.need(), "counted_bytes": counted(cut)},
-        "budgets": [within(case, round(gigabytes * 1e9)) for gigabytes in budgets],
     }
 
 
-def within(case: Case, budget: int) -> dict[str, Any]:
-    """What this budget gives, and the count of it, weights included."""
+def within(case: Case, networks: Networks, budget: float, decoded_latents: int) -> dict[str, Any]:
+    """What this budget gives, and the count of it."""
     try:
-        chosen = plan(case, budget)
+        # Where streamed weights wait makes no difference to the device.
+        made = plan(budget, case.size.video, networks, case.device, text_tokens=case.text_tokens, host_bytes=0)
     except MemoryBudgetError as error:
         return {"budget_bytes": budget, "error": str(error)}
-    planned = replace(case, tokens_at_once=chosen.tokens_at_once)
-    parts = counted(planned, chosen.resident)
+    parts = counted(replace(case, tokens_at_once=made.dit.tokens_at_once), made.dit.resident)
+    decode = decode_bytes(networks.decoder.config, replace(case.size, frames=decoded_latents), made.decode, case)
+    peaks = {"dit": max(parts.values()), "decode": decode}
     return {
         "budget_bytes": budget,
-        **asdict(chosen),
-        "estimated_bytes": chosen.weights_bytes + planned.need(),
-        "counted_bytes": parts,
-        "peak_bytes": max(parts.values()),
-        "fits": max(parts.values()) <= budget,
+        "plan": str(made).splitlines(),
+        "dit": asdict(made.dit) | {"estimated_bytes": made.dit.peak, "parts": parts},
+        "decode": asdict(made.decode) | {"estimated_bytes": made.decode.peak},
+        "peak_bytes": peaks,
+        "fits": max(peaks.values()) <= budget,
     }
+
+
+def decode_bytes(config: VAEConfig, size: LatentSize, how: DecodePlan, case: Case) -> int:
+    """The most bytes alive on the device in a decode as planned, weights and latents included."""
+    with FakeTensorMode(), torch.inference_mode(), LiveBytes() as live:
+        decoder = Decoder(config, dtype=case.dtype, device=case.device).eval()
+        store = HostFrames(case.device, how.frames_on_device, synchronous=True) if how.frames_on_host else None
+        shape = (1, config.latent_channels, size.frames, size.height, size.width)
+        latents = torch.empty(shape, dtype=case.dtype, device=case.device)
+        for _ in decoder.stream(latents, context=KeptContext(store, how.values_at_once)):
+            pass
+    return live.peak_on[case.device]
 
 
 # Reality
@@ -262,18 +243,15 @@ def megabytes(count: float) -> str:
 
 def report(result: Mapping[str, Any]) -> None:
     """The result in a few lines."""
-    denoised = result["denoise"]
-    weights = denoised["weights"]
-    print(f"weights {megabytes(weights['total'])}, {megabytes(weights['outside'])} not in blocks")
-    for name in ("whole", "cut"):
-        counts = denoised[name]["counted_bytes"]
-        print(f"{name}: {', '.join(f'{part} {megabytes(peak)}' for part, peak in counts.items())}")
-    for row in denoised["budgets"]:
-        said = row.get("error") or (
-            f"{row['resident']} blocks stay, {row['tokens_at_once'] or 'all'} tokens at once, "
-            f"peak {megabytes(row['peak_bytes'])} (estimated {megabytes(row['estimated_bytes'])})"
-        )
-        print(f"{row['budget_bytes'] / 1e9:g} GB: {said}")
+    for name, row in result["denoise"].items():
+        print(f"{name}: {', '.join(f'{part} {megabytes(peak)}' for part, peak in row['counted_bytes'].items())}")
+    for row in result["budgets"]:
+        if "error" in row:
+            print(f"{row['budget_bytes'] / 1e9:g} GB: {row['error']}")
+            continue
+        print("\n".join(row["plan"]))
+        peaks = (f"{name} {megabytes(peak)}" for name, peak in row["peak_bytes"].items())
+        print(f"  counted {', '.join(peaks)}: {'fits' if row['fits'] else 'DOES NOT FIT'}")
     for row in result["reality"]:
         values = ", ".join(f"{key[:-6]} {megabytes(value)}" for key, value in row.items() if key.endswith("_bytes"))
         print(f"{row['dtype']}, {row['tokens_at_once'] or 'all'} tokens at once: {values}")
@@ -286,7 +264,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--frames", type=int, default=163)
     parser.add_argument("--text-tokens", type=int, default=256)
-    parser.add_argument("--budgets", nargs="+", type=float, default=[6, 8, 12, 16, 24], help="GB, of 1e9 bytes")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[3, 6, 8, 12, 16, 24], help="GB, of 1e9 bytes")
+    parser.add_argument("--decoded-latents", type=int, default=2, help="latent frames that are decoded")
     parser.add_argument("--real-latents", type=harness.size, default=(8, 48, 48), help="of the small model")
     parser.add_argument("--real-width", type=int, default=768, help="of the small model's visual stream")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=list(harness.DTYPES), help="there")
@@ -297,7 +276,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    config = MOCHI_1.dit if options.config == "released" else TINY.dit
+    model = MOCHI_1 if options.config == "released" else TINY
+    config, networks = model.dit, Networks.released(model)
     size = VideoSize(options.width, options.height, options.frames).latent
     full = Case(config, size, torch.bfloat16, text_tokens=options.text_tokens)
     width = options.real_width
@@ -313,11 +293,12 @@ def main() -> None:
             "real_config": asdict(small),
             "real_latents": options.real_latents,
         },
-        "denoise": denoise(full, options.budgets),
+        "denoise": denoise(full),
+        "budgets": [within(full, networks, budget * 1e9, options.decoded_latents) for budget in options.budgets],
         "reality": [
             compare(replace(real, dtype=harness.DTYPES[name], tokens_at_once=tokens), options.threads)
             for name in options.dtype
-            for tokens in (None, need.FEWEST_TOKENS)
+            for tokens in (None, FEWEST_TOKENS)
         ],
     }
     report(result)

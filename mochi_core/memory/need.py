@@ -1,4 +1,4 @@
-"""How many bytes a network's forward needs: its weights, and beside them what is alive at the worst moment.
+"""How many bytes a forward of the DiT or the T5 needs beside the weights: what is alive at the worst moment.
 
 Counted is what tensors hold. A device needs more: its context, what kernels take inside themselves, and what the
 allocator cannot fill; whoever has a budget for all of it keeps some back.
@@ -9,58 +9,15 @@ truth beside it.
 Shapes: `B` batch, `N` visual tokens, `L` text tokens, `C` channels.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import nn
 
 from ..config import DiTConfig, TextConfig
-from ..dit import AsymmDiT
 from ..errors import MemoryBudgetError
 from ..shapes import LatentSize
 
 # Below this many tokens at once, matrix products no longer keep a device busy, and hardly any memory is saved.
 FEWEST_TOKENS = 1024
 TOKEN_STEP = 256
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """The bytes of a network's weights: of each block that can be streamed, and of all that is `outside` them."""
-
-    outside: int
-    blocks: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        return self.outside + sum(self.blocks)
-
-
-def weight_bytes(network: nn.Module, blocks: Iterable[nn.Module]) -> WeightBytes:
-    """The bytes of any network's parameters and buffers; a network on the meta device will do."""
-    each = tuple(_held(block) for block in blocks)
-    return WeightBytes(_held(network) - sum(each), each)
-
-
-def _held(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensors in (network.parameters(), network.buffers()) for tensor in tensors)
-
-
-def dit_weights(config: DiTConfig, dtype: torch.dtype = torch.bfloat16) -> WeightBytes:
-    """The bytes of a DiT whose weights are all plain `dtype`."""
-    network = AsymmDiT(config, dtype=dtype, device="meta")
-    return weight_bytes(network, network.blocks)
-
-
-def t5_weights(config: TextConfig, dtype: torch.dtype = torch.bfloat16) -> WeightBytes:
-    """The bytes of a T5 encoder whose weights are all plain `dtype`."""
-    from ..text.t5 import empty_t5  # transformers is slow to import
-
-    network: Any = empty_t5(config)
-    network = network.to(dtype)
-    return weight_bytes(network, network.encoder.block)
 
 
 def dit_activations(

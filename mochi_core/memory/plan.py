@@ -285,8 +285,8 @@ def _usable(budget: float) -> int:
 def _check(available: int, need: int, name: str) -> None:
     if need > available:
         raise MemoryBudgetError(
-            f"The budget is {available / (1 - KEPT_BACK) / 1e9:.2f} GB",
-            f"{name} needs at least {need / (1 - KEPT_BACK) / 1e9:.2f} GB for this size",
+            f"The budget is {available / (1 - KEPT_BACK) / 1e9:.3f} GB",
+            f"{name} needs at least {need / (1 - KEPT_BACK) / 1e9 + 0.0005:.3f} GB for this size",
             "Allow more memory, or make a smaller or shorter video",
         )
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dit_forward, harness, live_bytes, peers, vae_decode
+from benchmarks import dit_forward, harness, live_bytes, peers, vae_decode, vae_memory
+from benchmarks.gpu.overlap import overlap
 from mochi_core.config import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,50 @@ def test_vae_decode(tmp_path: Path) -> None:
 
 
 @linux_only
+def test_vae_memory(tmp_path: Path) -> None:
+    small = f"{SMALL_VAE} --rows 4 --latent-frames 2 5 --compare-at 2 --dtype float32 --rounds 1 --peers"
+    full = "--config tiny --width 64 --height 64 --released-latent-frames 3 --kept-on-device 0"
+    result = run(tmp_path, "vae_memory.py", f"{small} {full}")
+    float32 = result["results"]["float32"]
+    short, long = (float32["memory"][frames] for frames in ("2", "5"))
+    assert short.keys() == {"ours stream", "ours"}
+    assert long["ours"]["live_bytes"] > 2 * short["ours"]["live_bytes"]
+    ((claim, row),) = float32["claims"].items()
+    assert "from 2 to 5" in claim and row["holds"]
+    assert row["value"] == long["ours stream"]["live_bytes"] / short["ours stream"]["live_bytes"]
+    assert float32["times"]["ratio_to_fastest_peer"] is None and not float32["skipped"]
+    forms = {(row["what"], row["form"]): row for row in result["released"]}
+    assert len(forms) == len(result["released"]) == 5
+    assert all(row["device_bytes"] <= row.get("estimated_device_bytes", row["device_bytes"]) for row in forms.values())
+    stagewise = forms["encode", "stagewise"]
+    assert 0 < stagewise["host_bytes"] <= stagewise["estimated_host_bytes"]
+    on_host = forms["decode", "streaming, frames on the host"]
+    assert on_host["host_bytes"] > 0 == forms["decode", "streaming"]["host_bytes"]
+    assert on_host["device_bytes"] < forms["decode", "streaming"]["device_bytes"]
+
+
+def test_peers_decode_as_many_frames_in_tiles_as_whole() -> None:
+    pytest.importorskip("diffusers")
+    case = vae_decode.Case(TINY.vae, (3, 4, 4), torch.float32, threads=1)
+    model, latents = case.model(), case.inputs()
+    for name in vae_memory.PEERS["diffusers"]:
+        assert vae_memory.decoded(name, model)(latents) == 13 * 32 * 32 * 3 * 4
+
+
+def test_what_the_vae_must_hold_to() -> None:
+    def said(longest: int, seconds: float) -> list[bool]:
+        memory = {3: {"ours stream": {"live_bytes": 100}}, 13: {}}
+        memory[13] = {"ours stream": {"live_bytes": longest}, "native": {"live_bytes": 420}}
+        memory[13]["native tiled"] = {"live_bytes": 1}  # not a whole decode
+        found = vae_memory.claims(memory, {"ratio_to_fastest_peer": seconds}, 13)
+        return [row["holds"] for row in found.values()]
+
+    assert said(105, 0.9) == [True, True, True]
+    assert said(108, 0.91) == [True, False, False]
+    assert said(110, 0.5) == [False, False, True]
+
+
+@linux_only
 def test_load_weights(tmp_path: Path) -> None:
     result = run(tmp_path, "load_weights.py", "--megabytes 100 --rounds 1")
     assert result["file_bytes"] == pytest.approx(100e6, rel=0.2)
@@ -134,15 +179,18 @@ def test_live_bytes_are_counted_from_their_making_to_their_last_reference() -> N
 @linux_only
 def test_streaming_plan(tmp_path: Path) -> None:
     small = "--config tiny --width 256 --height 256 --frames 31 --text-tokens 16 --real-latents 2x8x8 --real-width 96"
-    result = run(tmp_path, "streaming_plan.py", f"{small} --dtype float32 --budgets 0.001 0.0115 0.05")
+    result = run(tmp_path, "streaming_plan.py", f"{small} --dtype float32 --budgets 0.001 0.058 1")
     denoise = result["denoise"]
     whole, cut = (max(denoise[name]["counted_bytes"].values()) for name in ("whole", "cut"))
     assert cut < whole <= denoise["whole"]["estimated_bytes"] < 1.05 * whole
-    too_small, streamed, ample = denoise["budgets"]
-    assert "the transformer needs at least" in too_small["error"]
-    assert 0 <= streamed["resident"] < 4 == ample["resident"] and ample["tokens_at_once"] is None
-    for row in (streamed, ample):
-        assert 0.9 * row["estimated_bytes"] < row["peak_bytes"] <= row["budget_bytes"] and row["fits"]
+    too_small, tight, ample = result["budgets"]
+    assert "needs at least" in too_small["error"]
+    assert tight["decode"]["frames_on_host"] > 0 == ample["decode"]["frames_on_host"]
+    assert ample["dit"]["resident"] == 4 and ample["dit"]["tokens_at_once"] is None
+    for row in (tight, ample):
+        assert row["fits"]
+        assert 0.9 * row["dit"]["estimated_bytes"] < row["peak_bytes"]["dit"] <= row["dit"]["estimated_bytes"]
+        assert 0.6 * row["decode"]["estimated_bytes"] < row["peak_bytes"]["decode"] <= row["decode"]["estimated_bytes"]
     for row in result["reality"]:
         assert row["counted_bytes"] == row["really_counted_bytes"] <= row["estimated_bytes"]
 
@@ -162,3 +210,50 @@ def test_full_size_starts_nothing_after_its_limit(tmp_path: Path) -> None:
     result = run(tmp_path, "gpu/full_size.py", f"{FULL_SIZE} --limit-s 0")
     assert result["records"]
     assert all(r["skipped"] == "time limit" for r in result["records"])
+
+
+STREAMING = "--device cpu --config tiny --width 64 --height 64 --frames 7 --rounds 1 --resident 0 --tokens-at-once 5"
+
+
+def test_gpu_streaming_dry_run(tmp_path: Path) -> None:
+    result = run(tmp_path, "gpu/streaming.py", f"{STREAMING} --caps 0.001 6 --decode-caps 1 --kept-on-device 0")
+    records = result["records"]
+    by_name: dict[str, list[Any]] = {}
+    for record in records:
+        by_name.setdefault(record["what"], []).append(record)
+    assert by_name.keys() == {"pace", "tokens", "trace", "decode", "capped step", "capped decode"}
+    assert all("no copies" in record["skipped"] for record in by_name["trace"])
+    for record in by_name["pace"]:
+        assert record["identical"] and record["ratio"] > 0 and record["bytes_copied_a_step"] > 1e6
+    assert by_name["tokens"][0]["difference"]["max_abs"] < 1e-2
+    assert by_name["decode"][0]["identical"]
+    for record in by_name["capped step"]:
+        assert record["ran"] == (record["cap_gb"] == 6)
+        assert record["ran"] or "the text encoder needs" in record["error"]
+    assert all(record["ran"] for record in by_name["capped decode"])
+
+
+def test_gpu_streaming_starts_nothing_after_its_limit(tmp_path: Path) -> None:
+    records = run(tmp_path, "gpu/streaming.py", f"{STREAMING} --sections caps decode --limit-s 0")["records"]
+    assert records and all(record["skipped"] == "time limit" for record in records)
+
+
+def test_overlap_of_copies_and_kernels() -> None:
+    def event(category: str, start: float, length: float, stream: int, name: str = "") -> dict[str, Any]:
+        return {"cat": category, "name": name, "ts": start, "dur": length, "args": {"stream": stream, "bytes": 10}}
+
+    host_to_device = "Memcpy HtoD (Pinned -> Device)"
+    events = [
+        event("kernel", 10, 10, 7),
+        event("kernel", 15, 15, 7),  # 10 to 30 together
+        event("kernel", 40, 10, 7),
+        event("kernel", 0, 100, 9, "on the stream of the copies"),
+        event("gpu_memcpy", 0, 20, 9, host_to_device),  # 10 of 20 hidden
+        event("gpu_memcpy", 25, 20, 9, host_to_device),  # 5 and 5 of 20
+        event("gpu_memcpy", 0, 50, 9, "Memcpy DtoH (Device -> Pinned)"),
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = overlap(events)
+    assert found["overlap_share"] == pytest.approx(20 / 40)
+    assert (found["copies"], found["bytes_copied"], found["copies_s"]) == (2, 20, 40e-6)
+    assert overlap([e for e in events if e.get("args", {}).get("stream") == 7])["overlap_share"] is None
