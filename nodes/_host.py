@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch
 from comfy_api.latest import io
 
 from mochi_core.errors import MochiError, WeightsError
+from mochi_core.progress import Progress
 from mochi_core.sampling.schedule import SigmaSchedule
 from mochi_core.text.tokenizer import TOKENIZER_NAMES
 from mochi_core.weights.build import TINY_NAME
+
+from ._memory import usable
 
 log = logging.getLogger("mochi_video")
 
@@ -217,6 +221,52 @@ def noise_device(choice: str) -> torch.device:
     return device
 
 
+# Memory
+
+
+def host_apart(device: torch.device) -> bool:
+    """Whether the host's memory is other memory than the device's, and torch copies between them at its side."""
+    return device.type not in ("cpu", "mps", "privateuseone")
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes of the device that models and their work may take, when all else is moved out."""
+    management = comfy.model_management
+    return usable(management.get_total_memory(device), management.extra_reserved_memory())
+
+
+def free_memory(patcher: Any, device: torch.device) -> int:
+    """Bytes that work on the device can have now."""
+    # Newer hosts count what leaves the device by itself when others need it.
+    ask = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return int(ask(device))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this says that the device has no memory left."""
+    known = getattr(comfy.model_management, "is_oom", None)
+    return known(error) if known else isinstance(error, comfy.model_management.OOM_EXCEPTION)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device the current one, where the host may use several."""
+    return getattr(comfy.model_management, "cuda_device_context", lambda device: nullcontext())(device)
+
+
+def finish(device: torch.device) -> None:
+    """Returns when the device has done all that it was given."""
+    if host_apart(device):
+        torch.get_device_module(device).synchronize(device)
+
+
+def empty_cache() -> None:
+    comfy.model_management.soft_empty_cache()
+
+
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory())
+
+
 # Running
 
 
@@ -225,15 +275,22 @@ def interruptible() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def progress_bar(total: int) -> Callable[[], None]:
-    """Advances the node's bar by one; raises when the user has interrupted."""
-    bar = comfy.utils.ProgressBar(total)
+def progress() -> Progress:
+    """Moves the node's bar; raises when the user has interrupted."""
+    bar: Any = None
 
-    def advance() -> None:
+    def report(step: int, total: int, preview: torch.Tensor | None = None) -> None:
+        nonlocal bar
         interruptible()
-        bar.update(1)
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(step, total)
 
-    return advance
+    return report
+
+
+def interruptions() -> tuple[type[BaseException], ...]:
+    """What the host raises when the user has interrupted."""
+    return (comfy.model_management.InterruptProcessingException,)
 
 
 def progress_bars_enabled() -> bool:

@@ -10,9 +10,11 @@ from mochi_core.latents import require_finite
 from mochi_core.shapes import FRAMES_PER_LATENT, PIXELS_PER_PATCH, RELEASED_FPS
 
 from . import _host
-from .native_vae import MODES, MochiVAE
+from ._tiles import MODES, check_tiles
+from .native_vae import MochiVAE
 
 CATEGORY = "Mochi Video/latent"
+TILES = "tiled spatial: 1, 2, 4, 8 or 16. tiled blended: any."
 
 
 def _ours(vae: object) -> MochiVAE:
@@ -40,19 +42,23 @@ class MochiVideoDecode(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="streaming: exact, memory does not grow with length. full: exact, all at once. "
-                    "tiled spatial: blended tiles as in the reference, for matching older videos.",
+                    tooltip="streaming: exact, memory does not grow with length. full: exact, all at once if it fits. "
+                    "tiled spatial: blended tiles as in the reference, for matching older videos. "
+                    "tiled blended: any number of tiles, as other nodes blend them.",
                 ),
                 io.Float.Input(
                     "fps", default=float(RELEASED_FPS), min=1.0, max=240.0, step=1.0, tooltip="Mochi makes 30 a second."
                 ),
-                _host.advanced(io.Int.Input("tile_rows", default=2, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")),
-                _host.advanced(
-                    io.Int.Input("tile_columns", default=4, min=1, max=16, tooltip="Tiled: 1, 2, 4, 8 or 16.")
-                ),
+                _host.advanced(io.Int.Input("tile_rows", default=2, min=1, max=16, tooltip=TILES)),
+                _host.advanced(io.Int.Input("tile_columns", default=4, min=1, max=16, tooltip=TILES)),
                 _host.advanced(
                     io.Int.Input(
-                        "tile_overlap", default=0, min=0, max=64, step=2, tooltip="Tiled: latent pixels, even."
+                        "tile_overlap",
+                        default=0,
+                        min=0,
+                        max=64,
+                        step=2,
+                        tooltip="Latent pixels that tiles share; even for tiled spatial.",
                     )
                 ),
             ],
@@ -63,8 +69,12 @@ class MochiVideoDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, mode: str) -> bool | str:
-        return _host.valid_choices(mode=(mode, MODES))
+    def validate_inputs(
+        cls, mode: str, tile_rows: int | None = None, tile_columns: int | None = None, tile_overlap: int | None = None
+    ) -> bool | str:
+        tiles = (tile_rows, tile_columns, tile_overlap)
+        valid = _host.valid_choices(mode=(mode, MODES))
+        return _host.accepted_by(check_tiles, mode, *tiles) if valid is True else valid
 
     @classmethod
     def execute(
@@ -79,10 +89,8 @@ class MochiVideoDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         samples = latent["samples"]
         require_finite(samples, "The latents to decode")
-        options: dict[str, object] = {"mode": mode}
-        if mode == "tiled spatial":
-            options |= {"rows": tile_rows, "columns": tile_columns, "overlap": tile_overlap}
-        images = _ours(vae).for_mode(mode).decode(samples, vae_options=options).flatten(0, 1)
+        options = {"mode": mode, "rows": tile_rows, "columns": tile_columns, "overlap": tile_overlap}
+        images = _ours(vae).decode(samples, vae_options=options).flatten(0, 1)
         components = Types.VideoComponents(images=images, frame_rate=Fraction(fps).limit_denominator(1001))
         return io.NodeOutput(images, InputImpl.VideoFromComponents(components))
 

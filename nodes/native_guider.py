@@ -13,7 +13,7 @@ from mochi_core.sampling.schedule import SigmaSchedule, from_levels
 from mochi_core.shapes import LatentSize
 
 from . import _host
-from .native_dit import check_features
+from .native_dit import MochiModel, check_features, described_run
 
 
 class MochiGuider(comfy.samplers.CFGGuider):
@@ -46,6 +46,8 @@ class MochiGuider(comfy.samplers.CFGGuider):
         schedule = from_levels(sigmas.tolist())
         self.scales = self.scales_for(schedule.steps)
         require_finite(latent_image, "The latents to start from")
+        if isinstance(self.model_patcher.model, MochiModel) and latent_image.ndim == 5:
+            _host.log.info("%s", described_run(self.model_patcher, latent_image.shape, schedule.steps))
         samples = super().sample(noise, latent_image, sampler, sigmas, *rest, **named)
         require_finite(samples, "The sampled latents")
         return samples

@@ -1,69 +1,17 @@
 """Run inside a ComfyUI's own process by test_in_process.py: what only Python can see of our MODEL. Prints JSON."""
 
-import importlib.util
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-PACK = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path.cwd()))
-sys.argv = ["main.py", "--cpu"]
+import torch
+from inside import PACK, comfy, difference, load, native_dit, native_lora, sample
+from safetensors.torch import save_file
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-
-import comfy.model_management  # noqa: E402
-import comfy.patcher_extension  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-
-def pack():
-    """The pack, imported as the host imports it: under a name of the host's choosing."""
-    spec = importlib.util.spec_from_file_location(
-        "some_x_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["some_x_pack"] = module
-    spec.loader.exec_module(module)
-    return sys.modules["some_x_pack.nodes"]
-
-
-nodes = pack()
-from mochi_core.weights import build  # noqa: E402
-from mochi_core.weights.build import TINY_DIT, TINY_T5, TINY_TOKENIZER  # noqa: E402
-from mochi_core.weights.convert import convert  # noqa: E402
-
-native_dit = sys.modules["some_x_pack.nodes.native_dit"]
-native_clip = sys.modules["some_x_pack.nodes.native_clip"]
-native_lora = sys.modules["some_x_pack.nodes.native_lora"]
-
-
-def load(memory="auto"):
-    return native_dit.load_model(str(TINY_DIT), None, "auto", memory)
-
-
-def conditionings():
-    clip = native_clip.load_clip(str(TINY_T5), TINY_TOKENIZER, None)
-    return [native_clip.encode(clip, text, False) for text in ("a red circle", "")]
-
-
-def sample(model, steps=3):
-    latent = torch.zeros(1, 12, 2, 8, 8)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    positive, negative = conditionings()
-    return comfy.sample.sample(
-        model, noise, steps, 4.0, "euler", "linear_quadratic", positive, negative, latent, disable_pbar=True
-    )
-
-
-def difference(a, b):
-    return (a - b).abs().max().item()
+from mochi_core.weights import build
+from mochi_core.weights.build import TINY_DIT
+from mochi_core.weights.convert import convert
 
 
 def patched_by_the_host(model):

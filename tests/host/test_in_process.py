@@ -1,23 +1,14 @@
 """What only the host's own process can see: patches, wrappers, memory choices and weights that are partly loaded."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from scripts import comfyui
+from harness import found_inside
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    script = Path(__file__).parent / "in_process.py"
-    done = subprocess.run([sys.executable, str(script)], cwd=comfyui.path(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return json.loads(line.removeprefix("FOUND"))
+    return found_inside("in_process.py")
 
 
 def test_the_pack_registers_its_core_under_one_name(found: dict[str, Any]) -> None:
