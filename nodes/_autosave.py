@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from mochi_core.errors import MochiError
+from mochi_core.latents_file import write_latents
 
 log = logging.getLogger("mochi_video")
 
 FOLDER = "latents"
 NAME = "mochi_video_autosave"
-PARTIAL = ".part"
 
 
 @contextmanager
@@ -55,43 +54,28 @@ def _way_on(path: Path) -> str:
 
 
 def _saved(latents: torch.Tensor, output_folder: Path) -> Path | None:
+    path = None
     try:
-        folder = output_folder / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "latent_tensor": latents.detach().to("cpu").contiguous(),
-            # Says that the values are as the VAE takes them.
-            "latent_format_version_0": torch.tensor([]),
-        }
-        return _written(safetensors.torch.save(tensors), folder)
+        path = _new_file(output_folder / FOLDER)
+        write_latents(path, latents)
     except Exception as error:  # whatever it is, the decode goes on
         log.warning("The latents are not kept on disk while they are decoded: %s", error)
+        _delete(path)
         return None
+    return path
 
 
-def _written(content: bytes, folder: Path) -> Path:
-    """A new file with this content, whole or not there."""
+def _new_file(folder: Path) -> Path:
+    """An empty file that nobody else has."""
+    folder.mkdir(parents=True, exist_ok=True)
     number = _next_number(folder)
     while True:
         path = folder / f"{NAME}_{number:05}.latent"
-        partial = path.with_name(path.name + PARTIAL)
         try:
-            # Whoever makes the partial file owns the number.
-            with partial.open("xb") as file:
-                if not path.exists():
-                    file.write(content)
+            path.open("xb").close()
+            return path
         except FileExistsError:
             number += 1
-            continue
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        if path.exists():
-            partial.unlink(missing_ok=True)
-            number += 1
-            continue
-        partial.replace(path)
-        return path
 
 
 def _next_number(folder: Path) -> int:

@@ -18,7 +18,7 @@ from mochi_core.dit import AsymmDiT
 from mochi_core.dit.block import AsymmetricJointBlock
 from mochi_core.errors import ConditioningError, MemoryBudgetError
 from mochi_core.latents import MOCHI_1_STATISTICS, LatentStatistics
-from mochi_core.memory.need import FEWEST_TOKENS, dit_activations
+from mochi_core.memory.need import BUSY_TOKENS, FEWEST_TOKENS, dit_activations
 from mochi_core.shapes import LatentSize
 from mochi_core.weights.build import open_dit
 from mochi_core.weights.formats import FLOAT8
@@ -41,8 +41,6 @@ from .native_weights import (
 MEMORY = ("auto", "resident", "streamed")
 # Where a model's options keep the LoRAs that work beside its weights: pairs of a LoRA and its strength.
 LORAS = "mochi_video_loras"
-# When a forward does not fit beside the weights. A matrix product of so many tokens keeps any device busy.
-TOKENS_AT_ONCE = 8192
 # The part of the loaded weights that goes, at least, when a forward ran out of memory.
 MOVED_OUT = 0.25
 
@@ -73,7 +71,7 @@ class NativeDiT(AsymmDiT):
         if tuple(shape) in self.too_large:
             return FEWEST_TOKENS
         whole = self._need(shape, dtype, None)
-        return None if self.resident_bytes + whole <= _host.usable_memory(device) else TOKENS_AT_ONCE
+        return None if self.resident_bytes + whole <= _host.usable_memory(device) else BUSY_TOKENS
 
     def _need(self, shape: Sequence[int], dtype: torch.dtype, at_once: int | None, text_tokens: int = 256) -> int:
         size = LatentSize(*shape[2:])

@@ -15,6 +15,8 @@ from ..config import DiTConfig, TextConfig
 from ..errors import MemoryBudgetError
 from ..shapes import LatentSize
 
+# Matrix products of so many rows keep a device busy: chunks of this many tokens cost nothing.
+BUSY_TOKENS = 4096
 # Below this many tokens at once, matrix products no longer keep a device busy, and hardly any memory is saved.
 FEWEST_TOKENS = 1024
 TOKEN_STEP = 256

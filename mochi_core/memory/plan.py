@@ -25,15 +25,13 @@ from ..vae.causal_conv import VALUES_AT_ONCE, KeptContext
 from .blocks import device_bytes, streamed
 from .borrowing import Check
 from .frames import HostFrames
-from .need import FEWEST_TOKENS, dit_activations, t5_activations, tokens_at_once_for
+from .need import BUSY_TOKENS, FEWEST_TOKENS, dit_activations, t5_activations, tokens_at_once_for
 from .turns import Traffic
 from .vae_need import kept_frames_bytes, streaming_decode_bytes
 from .waiting import Source
 
 # What of a budget is left to kernels' workspaces and to what an allocator cannot fill.
 KEPT_BACK = 1 / 16
-# Matrix products of so many rows keep a device busy: such chunks cost nothing, so they come before streaming.
-BUSY_TOKENS = 4096
 # Into how many parts what a wide stage of the decoder does at once may be divided.
 DIVISIONS = (1, 2, 4, 16)
 # Of the host's free memory, how much streamed weights may pin. When they need more they are read from the file.
@@ -264,9 +262,9 @@ def decode_plan(
     weights = 0 if is_cpu else sum(parameter.nbytes for parameter in decoder.parameters())
     kept = kept_frames_bytes(decoder.config, size, batch=batch, dtype=dtype)
     need = 0
-    # Smaller parts cost less time than frames that travel.
-    for on_host in (False,) if is_cpu else (False, True):
-        for division in DIVISIONS:
+    # Frames that travel while others are worked on cost less than parts so small that every frame is copied thrice.
+    for division in DIVISIONS:
+        for on_host in (False,) if is_cpu else (False, True):
             values = VALUES_AT_ONCE // division
             need = streaming_decode_bytes(
                 decoder.config, size, batch=batch, dtype=dtype, frames_on_host=on_host, values_at_once=values

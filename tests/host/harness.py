@@ -1,6 +1,8 @@
 """A short way to write API prompts, and a host that hands back what its probe nodes wrote."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,12 @@ class RunningHost(comfyui.Host):
 def workflow(name: str) -> dict[str, Any]:
     """One of the pack's API prompts."""
     return json.loads((comfyui.REPO / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def found_inside(script: str) -> dict[str, Any]:
+    """What a script found that runs inside the host's own process."""
+    path = Path(__file__).parent / script
+    done = subprocess.run([sys.executable, str(path)], cwd=comfyui.path(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    return json.loads(line.removeprefix("FOUND"))

@@ -330,7 +330,7 @@ def forward_findings():
     ]
     with (
         replaced(host, usable_memory=lambda device: model.model_size()),
-        replaced(native_dit, TOKENS_AT_ONCE=16),
+        replaced(native_dit, BUSY_TOKENS=16),
     ):
         found["chunked_need"] = [
             model.model.memory_required(shape),

@@ -67,6 +67,11 @@ def test_schedules_are_refused_when_queued(host: RunningHost, graph: Graph, opti
     assert said in refusal(host, graph)
 
 
+def test_tile_numbers_are_refused_when_queued(host: RunningHost, graph: Graph) -> None:
+    graph.probe("Image", graph.decode(graph.size(), mode="tiled spatial", tile_rows=3), "image")
+    assert "tile rows is 3: it must be a power of two" in refusal(host, graph)
+
+
 def test_a_missing_file_is_refused_when_queued(host: RunningHost, graph: Graph) -> None:
     graph.probe("Latent", graph.sampler(model=graph.dit("not_there.safetensors")), "latents")
     answer = refusal(host, graph)
