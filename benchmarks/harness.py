@@ -125,8 +125,13 @@ def peak_rss_growth(make: Callable[..., Run], *inputs: Any) -> int:
 
     `make` must be importable (a module's function); what it loads lies below the baseline.
     """
+    return in_fresh_process(_growth, make, *inputs)
+
+
+def in_fresh_process(function: Callable[..., Any], *inputs: Any) -> Any:
+    """What an importable function returns in a process that has done nothing before."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_growth, make, *inputs).result()
+        return pool.submit(function, *inputs).result()
 
 
 def _growth(make: Callable[..., Run], *inputs: Any) -> int:

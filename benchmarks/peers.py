@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -143,6 +144,28 @@ def native_decoder(config: VAEConfig, state: State, device: str = "cpu") -> nn.M
     return _filled(model, state, "ComfyUI's decoder")
 
 
+def run_native_decoder_tiled(model: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """One decode as the host's `VAE.decode_tiled_3d` does it, frames on the CPU.
+
+    Tiles are half the picture each way and overlap by an eighth of a tile, like the node's 512 and 64 pixels; in time
+    they have its own defaults, 64 frames that overlap by 8.
+    """
+    import comfy.utils
+
+    tile = [max(1, length // 2) for length in latents.shape[3:]]
+    overlap = [max(1, length // 8) if length > 1 else 0 for length in tile]
+    return comfy.utils.tiled_scale_multidim(
+        latents,
+        lambda piece: model(piece).float(),
+        tile=(64 // 6, *tile),
+        overlap=(1, *overlap),
+        upscale_amount=(lambda frames: max(0, frames * 6 - 5), 8, 8),
+        out_channels=3,
+        index_formulas=(6, 8, 8),
+        output_device="cpu",
+    )
+
+
 # diffusers
 
 
@@ -194,6 +217,35 @@ def diffusers_decoder(config: VAEConfig, state: State) -> nn.Module:
 def run_diffusers_decoder(model: nn.Module, config: VAEConfig, latents: torch.Tensor) -> torch.Tensor:
     """One decode, the superfluous first frames dropped as `AutoencoderKLMochi` drops them."""
     return model(latents)[0][:, :, math.prod(config.temporal_factors) - 1 :]
+
+
+def diffusers_vae(config: VAEConfig, state: State) -> Any:
+    """diffusers' AutoencoderKLMochi with these weights; its encoder has none."""
+    decoder = diffusers_decoder(config, state)
+    from diffusers.models.autoencoders.autoencoder_kl_mochi import AutoencoderKLMochi
+
+    half = config.decoder
+    with torch.device("meta"):
+        vae = AutoencoderKLMochi(
+            decoder_block_out_channels=half.channels,
+            latent_channels=config.latent_channels,
+            layers_per_block=half.num_res_blocks,
+            temporal_expansions=config.temporal_factors,
+            spatial_expansions=config.spatial_factors,
+        )
+    vae.decoder = decoder
+    return vae.eval()
+
+
+def diffusers_tiles(latents: torch.Tensor) -> dict[str, int]:
+    """For `enable_tiling`: half the picture each way, and a stride of three quarters, like its own 256 and 192."""
+    height, width = (max(1, length // 2) for length in latents.shape[3:])
+    return {
+        "tile_sample_min_height": 8 * height,
+        "tile_sample_min_width": 8 * width,
+        "tile_sample_stride_height": 8 * max(1, height * 3 // 4),
+        "tile_sample_stride_width": 8 * max(1, width * 3 // 4),
+    }
 
 
 # Names: genmo's to diffusers'
