@@ -34,6 +34,7 @@ test: lint
 # slow demonstrations; the tests have a shorter form of each
 shows: setup
 	$(BIN)/python tests/fuzz/fuzz_headers.py --count 10000
+	$(BIN)/python benchmarks/streaming_plan.py --output output/shows/streaming_plan.json
 
 clean:
 	rm -rf .venv .cache output

@@ -120,9 +120,10 @@ class HostFrames:
 
     def _buffers(self, layer: nn.Module, dense: "list[tuple[torch.Tensor, tuple[int, ...]]]") -> list[_Parked]:
         """Where on the host these go: where the layer's last ones were, or new memory when they differ."""
-        old = self._parked.get(layer, [])
+        old = self._parked.pop(layer, [])
         if [(one.host.shape, one.order) for one in old] == [(source.shape, order) for source, order in dense]:
             return old
+        del old  # before more is taken
         return [_Parked(pinned(source, self.device), order) for source, order in dense]
 
 

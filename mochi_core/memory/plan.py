@@ -86,7 +86,7 @@ class NetworkPlan:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How the decoder streams: bytes of kept frames that are on the device, and on the host; see `KeptContext`."""
+    """How the decoder streams: bytes of kept frames that stay on the device, and at most on the host."""
 
     frames_on_device: int
     frames_on_host: int
@@ -101,7 +101,7 @@ class DecodePlan:
     def __str__(self) -> str:
         words = "streaming"
         if self.frames_on_host:
-            words += f", {self.frames_on_host / 1e9:.2f} GB of kept frames on the host"
+            words += f", kept frames on the host ({self.frames_on_host / 1e9:.2f} GB at most)"
         if self.values_at_once < VALUES_AT_ONCE:
             words += f", in parts of {self.values_at_once / 2**20:.0f}M values"
         return words
@@ -271,7 +271,7 @@ def decode_plan(
             )
             if weights + need <= available:
                 stay = min(kept, available - weights - need) if on_host else kept
-                return DecodePlan(stay, kept - stay, values, weights, need + (stay if on_host else 0))
+                return DecodePlan(stay, kept if on_host else 0, values, weights, need + (stay if on_host else 0))
     _check(available, weights + need, "the decoder")
     raise AssertionError  # what does not fit was refused
 

@@ -92,7 +92,7 @@ class TestPlans:
         text = str(planned(released, 4e9, host_bytes=2 * 10**9))
         assert text.startswith("848 x 480, 163 frames, 4.0 GB on cuda\n")
         assert "GB streamed from the file, 4096 tokens at once" in text
-        assert "of kept frames on the host" in text
+        assert "kept frames on the host" in text
         assert len(text.splitlines()) == 4
 
 
