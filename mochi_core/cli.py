@@ -1,6 +1,8 @@
 """The command line: `python -m mochi_core.cli`."""
 
 import logging
+import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +23,19 @@ from .weights import convert as conversion
 from .weights import formats, layouts
 from .weights.build import TINY_VAE, load_decoder
 from .weights.checkpoint import Checkpoint
+from .weights.files import Unchanged
 
 app = typer.Typer(help="Mochi 1: weight files and more.", no_args_is_help=True, add_completion=False)
+KINDS = ("cuda", "xpu", "mps", "cpu")
 console, errors = Console(), Console(stderr=True)
+
+
+Gigabytes = Annotated[float | None, typer.Option(help="Device memory to use, in GB; by default, what is free.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cuda, xpu, mps or cpu; auto takes the first there is.")]
+Width = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
+Height = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Frames = Annotated[int, typer.Option(help="6k+1; 163 are 5.4 seconds.")]
 
 
 @app.callback()
@@ -41,7 +53,7 @@ def convert(
     part: Annotated[
         str | None, typer.Option(help=f"Only this of an all-in-one file: {', '.join(conversion.PARTS)}.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write weights in another layout or format, in the memory of a few tensors."""
     with _said(), _bar() as bar:
@@ -74,13 +86,6 @@ def inspect(source: Annotated[Path, typer.Argument(metavar="FILE", help="A weigh
         if not table.row_count:
             layouts.find(checkpoint, layouts.DIT)  # raises, and says what it is instead
     console.print(table)
-
-
-Gigabytes = Annotated[float | None, typer.Option(help="Device memory to use, in GB; by default, what is free.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cuda, xpu, mps or cpu; auto takes the first there is.")]
-Width = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
-Height = Annotated[int, typer.Option(help="Pixels, a multiple of 16.")]
-Frames = Annotated[int, typer.Option(help="6k+1; 163 are 5.4 seconds.")]
 
 
 @app.command()
@@ -117,6 +122,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed, size and files give the same video.")] = 0,
     budget: Gigabytes = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a video. Without files, with the small checkpoint that comes along: 64 x 64, 13 or 19 frames.
 
@@ -132,7 +138,9 @@ def generate(
             raise MochiError(
                 f"--{', --'.join(missing)} not given", "all four files belong to a model", "Give them all, or none"
             )
-        _check_target(target)
+        kept = target.with_suffix(".latent")
+        _check_target(target, overwrite)
+        _check_free(kept, overwrite)
         memory = MemoryPolicy(_device(device), None if budget is None else budget * 1e9)
         size = VideoSize(width, height, frames)
         request = TextToVideo(prompt, negative, size, linear_quadratic(steps), cfg, seed)
@@ -142,12 +150,12 @@ def generate(
         with _bar() as bar:
             task = bar.add_task("sampling", total=steps)
             latents = pipeline.sample(request, lambda step, total, preview=None: bar.update(task, completed=step))
-        kept = target.with_suffix(".latent")
         write_latents(kept, latents)
         try:
             _write(target, pipeline.decode(latents), frames)
         except BaseException:
-            errors.print(f"The latents are kept: decode {kept} {target}", soft_wrap=True, highlight=False, markup=False)
+            again = ["decode", str(kept), str(target), *(["--vae", str(vae)] if vae else []), "--device", device]
+            errors.print(f"The latents are kept: {shlex.join(again)}", soft_wrap=True, highlight=False, markup=False)
             raise
         kept.unlink()
 
@@ -159,22 +167,36 @@ def decode(
     vae: Annotated[Path | None, typer.Option(help="A VAE with a decoder; by default, the small checkpoint's.")] = None,
     budget: Gigabytes = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a video of saved latents."""
     from .memory.plan import MemoryPolicy
     from .pipeline import decode as decoded
 
     with _said():
-        _check_target(target)
+        _check_target(target, overwrite)
         latents = read_latents(source)
+        if len(latents) != 1:
+            raise MochiError(f"{source} holds {len(latents)} videos", "it must be one", "Save them one by one")
         memory = MemoryPolicy(_device(device), None if budget is None else budget * 1e9)
-        decoder = load_decoder(vae or TINY_VAE)
-        _write(target, decoded(decoder, latents, memory), (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1)
+        file = vae or TINY_VAE
+        unchanged, decoder = Unchanged(file), load_decoder(file)
+        frames = (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1
+        _write(target, decoded(decoder, latents, memory, unchanged), frames)
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Whether a video can be written there, found out before the work."""
     if target.suffix.lower() != ".mp4":
         raise MochiError(f"OUT is {target}", "it must end in .mp4", f"Use {target.with_suffix('.mp4')}")
+    _check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=target.parent).close()
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise MochiError(f"{path} exists", "nothing is replaced unasked", "Choose another name, or add --overwrite")
 
 
 def _bar() -> Progress:
@@ -200,10 +222,10 @@ def _write(target: Path, pieces: Iterator[torch.Tensor], frames: int) -> None:
 
 def _device(name: str, *, must_be_here: bool = True) -> str:
     """The device called so, or the first there is for `auto`. Raises `MochiError` when it is not here but must be."""
-    here = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind, None) and _backend(kind).is_available()]
-    kind = name.partition(":")[0]
-    if name != "auto" and must_be_here and kind not in (*here, "cpu"):
-        raise MochiError(f"--device is {name}", f"here are {', '.join([*here, 'cpu'])}", "Choose one of them, or auto")
+    here = [kind for kind in KINDS[:-1] if getattr(torch, kind, None) and _backend(kind).is_available()]
+    known = (*here, "cpu") if must_be_here else KINDS
+    if name != "auto" and name.partition(":")[0] not in known:
+        raise MochiError(f"--device is {name}", f"there are {', '.join(known)}", "Choose one of them, or auto")
     return name if name != "auto" else (*here, "cpu")[0]
 
 

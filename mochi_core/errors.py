@@ -48,4 +48,11 @@ class KernelError(MochiError):
 
 
 class MemoryBudgetError(MochiError):
-    """A memory budget that is too small for what was asked, whatever is streamed and cut."""
+    """A memory budget that is too small for what was asked, whatever is streamed and cut.
+
+    `least` is how many bytes would do, where that is known.
+    """
+
+    def __init__(self, value: str, rule: str, remedy: str, least: float = 0):
+        super().__init__(value, rule, remedy)
+        self.least = least

@@ -183,7 +183,7 @@ def decode(
         if memory is not None:
             size = LatentSize(*latents.shape[2:])
             how = decode_plan(decoder, size, memory.budget_now, memory.device, batch=len(latents))
-            context = decode_context(how, memory.device)
             stack.enter_context(on_device(decoder, memory.device, check=check))
+            context = stack.enter_context(decode_context(how, memory.device))
         for raw in decoder.stream(latents.to(next(decoder.parameters())), context=context):
             yield to_frames(raw).cpu()

@@ -253,12 +253,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return getattr(comfy.model_management, "cuda_device_context", lambda device: nullcontext())(device)
 
 
-def finish(device: torch.device) -> None:
-    """Returns when the device has done all that it was given."""
-    if host_apart(device):
-        torch.get_device_module(device).synchronize(device)
-
-
 def empty_cache() -> None:
     comfy.model_management.soft_empty_cache()
 

@@ -71,8 +71,8 @@ class FirstStage(nn.Module):
         try:
             yield from decoder.stream(latents, context=KeptContext(store, way.values_at_once))
         finally:
-            if store is not None:  # its copies end before what they read and fill goes to others
-                _host.finish(latents.device)
+            if store is not None:
+                store.close()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """For nodes that call it past the VAE: `B 12 t h w` -> `B 3 T H W` on the host's output device."""

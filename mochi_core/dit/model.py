@@ -18,7 +18,7 @@ from ..errors import ConditioningError, LatentsError
 from .block import AsymmetricJointBlock
 from .embed import AttentionPool, PatchEmbed, TimestepEmbed
 from .layers import FinalLayer, in_chunks
-from .rope import factored_rotations
+from .rope import rotations
 
 Streams = tuple[torch.Tensor, torch.Tensor]
 RunBlock = Callable[..., Streams]
@@ -97,7 +97,7 @@ class AsymmDiT(nn.Module):
         text_features, text_mask = compact(text_features.to(latents.dtype), text_mask != 0)
         conditioning = self.t_embedder(sigma, latents.dtype) + self.t5_y_embedder(text_features, text_mask)
         at_once = self.tokens_at_once
-        rotation = factored_rotations(self.pos_frequencies, frames, rows, columns, latents.device)
+        rotation = rotations(self.pos_frequencies, frames, rows, columns, latents.device)
         if at_once is None:
             rotation = rotation.table()
         visual, text = self.x_embedder(latents), self.t5_yproj(text_features)

@@ -31,7 +31,7 @@ def axis_positions(frames: int, rows: int, columns: int) -> tuple[torch.Tensor, 
 
 @dataclass(frozen=True)
 class FactoredRotations:
-    """The table of `rotations` as two small factors: `factored[first:last]` is that part of it, made when asked for.
+    """A table of rotations as two small factors: `factored[first:last]` is that part of it, made when asked for.
 
     `time`: `T A F`, `place`: `H*W A F`.
     """
@@ -55,18 +55,13 @@ class FactoredRotations:
 Rotation = torch.Tensor | FactoredRotations
 
 
-def rotations(frequencies: torch.Tensor, frames: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Unit complex numbers that turn every token's pairs.
-
-    `frequencies`: `3 A F`, learned, in radians a step. Returns `N A F`, complex64 (complex128 for float64 weights).
-    """
-    return factored_rotations(frequencies, frames, rows, columns, device).table()
-
-
-def factored_rotations(
+def rotations(
     frequencies: torch.Tensor, frames: int, rows: int, columns: int, device: torch.device
 ) -> FactoredRotations:
-    """The same for whoever cannot afford the table, which is twice as large as the visual stream in bfloat16."""
+    """Unit complex numbers that turn every token's pairs, as factors: the table is twice a visual stream in bfloat16.
+
+    `frequencies`: `3 A F`, learned, in radians a step. Complex64 (complex128 for float64 weights).
+    """
     complex_dtype = torch.complex128 if frequencies.dtype == torch.float64 else torch.complex64
     # Metal has no float64; the small tables are made on the CPU there.
     exact_device = torch.device("cpu") if device.type == "mps" else device

@@ -83,6 +83,7 @@ def borrowed(network: nn.Module) -> Iterator[list[Weight]]:
 
 @torch.no_grad()
 def move(weights: Iterable[Weight], device: torch.device, check: Check) -> None:
+    check()
     moved: dict[int, torch.Tensor] = {}
     for weight in weights:
         original = weight.original

@@ -34,7 +34,7 @@ class HostFrames:
 
     While a layer computes, the frames it left behind go, and those of the layer that ran after it last time come. So
     beside what is kept, the frames of at most four layers are on the device. The largest are kept there, for theirs are
-    copied most often.
+    copied most often. `close` it when the clip is done or given up. Gradients do not come through.
     """
 
     def __init__(self, device: torch.device | str, keep_bytes: int = 0, *, synchronous: bool = False):
@@ -64,8 +64,8 @@ class HostFrames:
             return
         # What was leaving has had a layer's time to do it; from here on its device memory may be used again.
         self._settle_leaving()
-        self._leave.follow()
         dense = [_dense(frame) for frame in frames]
+        self._leave.follow()
         parked = self._buffers(layer, dense)
         for (source, _), one in zip(dense, parked):
             self._leave.copy(source, one.host)
@@ -86,6 +86,14 @@ class HostFrames:
         if self._coming is None and follower in self._parked and follower is not layer:
             self._coming = self._fetched(follower)
         return frames
+
+    def close(self) -> None:
+        """Ends what is on its way, and forgets every frame. Device memory may be given to others only after this."""
+        for copies in (self._leave, self._enter):
+            copies.wait(copies.mark())
+        self._leaving = self._coming = self._latest = None
+        self._kept.clear()
+        self._parked.clear()
 
     def _may_stay(self, layer: nn.Module) -> bool:
         """Whether there is room for the frames of this layer, and of all layers with larger ones."""

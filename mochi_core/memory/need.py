@@ -12,7 +12,6 @@ Shapes: `B` batch, `N` visual tokens, `L` text tokens, `C` channels.
 import torch
 
 from ..config import DiTConfig, TextConfig
-from ..errors import MemoryBudgetError
 from ..shapes import LatentSize
 
 # Matrix products of so many rows keep a device busy: chunks of this many tokens cost nothing.
@@ -80,40 +79,6 @@ def dit_activations(
     features = 2 * batch * text_tokens * config.text_feature_dim * value  # as they come, and without their padding
     modulation = 8 * batch * (config.visual_dim + config.text_dim) * value
     return always + latents + features + text_stream + modulation + max(*moments, pooling)
-
-
-def tokens_at_once_for(
-    config: DiTConfig,
-    size: LatentSize,
-    available_bytes: int,
-    *,
-    batch: int = 1,
-    text_tokens: int = 256,
-    dtype: torch.dtype = torch.bfloat16,
-) -> int | None:
-    """The most tokens at once whose forward fits beside the weights, a multiple of 256 from 1024 on; None for all.
-
-    Arguments as for `dit_activations`. Raises `MemoryBudgetError` when not even the fewest fit.
-    """
-
-    def need(tokens_at_once: int | None) -> int:
-        return dit_activations(
-            config, size, batch=batch, text_tokens=text_tokens, dtype=dtype, tokens_at_once=tokens_at_once
-        )
-
-    if need(None) <= available_bytes:
-        return None
-    most = max(_visual_tokens(config, size) // TOKEN_STEP * TOKEN_STEP, FEWEST_TOKENS)
-    for tokens in range(most, FEWEST_TOKENS - 1, -TOKEN_STEP):
-        if need(tokens) <= available_bytes:
-            return tokens
-    video = size.video
-    raise MemoryBudgetError(
-        f"{max(available_bytes, 0) / 1e9:.2f} GB are left beside the weights for {video.width} x {video.height} "
-        f"and {video.frames} frames",
-        f"the transformer needs at least {need(FEWEST_TOKENS) / 1e9:.2f} GB there",
-        "Allow more memory, or make a smaller or shorter video",
-    )
 
 
 def t5_activations(

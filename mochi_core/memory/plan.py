@@ -5,9 +5,11 @@ print(plan(8e9, VideoSize(848, 480, 163), Networks.released(), "cuda"))
 A plan is made before anything is loaded or moved. `placed` and `decode_context` do what it says.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -22,10 +24,11 @@ from ..text.t5 import empty_t5
 from ..text.tokenizer import MAX_TOKENS
 from ..vae import Decoder
 from ..vae.causal_conv import VALUES_AT_ONCE, KeptContext
-from .blocks import device_bytes, streamed
+from ..weights.quantized import unpacking_bytes
+from .blocks import block_bytes, device_bytes, spread, streamed
 from .borrowing import Check
 from .frames import HostFrames
-from .need import BUSY_TOKENS, FEWEST_TOKENS, dit_activations, t5_activations, tokens_at_once_for
+from .need import BUSY_TOKENS, FEWEST_TOKENS, TOKEN_STEP, dit_activations, t5_activations
 from .turns import Traffic
 from .vae_need import kept_frames_bytes, streaming_decode_bytes
 from .waiting import Source
@@ -142,6 +145,10 @@ class MemoryPolicy:
     budget: float | None = None
     host_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.budget is not None and not 0 <= self.budget < math.inf:
+            raise MemoryBudgetError(f"The budget is {self.budget}", "it must be a number of bytes", "Say how many")
+
     @property
     def budget_now(self) -> float:
         """The bytes of the device that may be used."""
@@ -177,91 +184,80 @@ def plan(
     """How `networks` make a video of `size` with `budget` bytes of `device`, one after the other.
 
     Work goes in chunks of tokens before weights are streamed, as that costs nothing; then as many blocks stay as fit.
-    `batch` is 2 when both halves of guidance run together. `host_bytes` may be pinned: by default, most of what is
-    free. On a CPU, weights lie where they were loaded: mapped from their file, unless they were cast, and not counted.
+    `batch` is 2 when both halves of guidance run together. Of streamed weights `host_bytes` may be pinned: by default,
+    most of what is free. On a CPU, weights lie where they were loaded: mapped from their file, unless they were cast,
+    and not counted.
 
     Raises `MemoryBudgetError`, which says the least that will do.
     """
     device = torch.device(device)
     pinnable = int(psutil.virtual_memory().available * PINNED_SHARE) if host_bytes is None else host_bytes
-    available = _usable(budget)
-    return Plan(
-        int(budget),
-        size,
-        device,
-        _text_plan(networks.text, available, device, pinnable),
-        _dit_plan(networks.dit, size.latent, available, device, pinnable, batch, text_tokens),
-        decode_plan(networks.decoder, size.latent, budget, device),
-    )
+    text, dit = networks.text, networks.dit
+    dit_ways = _dit_ways(dit, size.latent, batch, text_tokens)
+    parts: list[Any] = []
+    too_little: list[MemoryBudgetError] = []
+    for make in (
+        partial(_blocks_plan, "the text encoder", text, text.encoder.block, _text_ways(text), budget, device, pinnable),
+        partial(_blocks_plan, "the transformer", dit, dit.blocks, dit_ways, budget, device, pinnable),
+        partial(decode_plan, networks.decoder, size.latent, budget, device),
+    ):
+        try:
+            parts.append(make())
+        except MemoryBudgetError as error:
+            too_little.append(error)
+    if too_little:
+        raise max(too_little, key=lambda error: error.least)
+    return Plan(int(budget), size, device, *parts)
 
 
-def _text_plan(network: Any, available: int, device: torch.device, pinnable: int) -> NetworkPlan:
+# How many tokens are worked on at once, None for all, and what that needs beside the weights; from the fastest way on.
+Ways = list[tuple[int | None, int]]
+
+
+def _text_ways(network: Any) -> Ways:
     config = TextConfig(**{name: getattr(network.config, name) for name in TextConfig.__dataclass_fields__})
-    need = t5_activations(config, dtype=_dtype(network))
-    return _streaming("the text encoder", network, network.encoder.block, available, need, device, pinnable)
+    dtype = _dtype(network)
+    return [(None, t5_activations(config, dtype=dtype) + unpacking_bytes(network, dtype))]
 
 
-def _dit_plan(
-    network: AsymmDiT, size: LatentSize, available: int, device: torch.device, pinnable: int, batch: int, tokens: int
-) -> NetworkPlan:
-    described = dict(batch=batch, text_tokens=tokens, dtype=_dtype(network))
+def _dit_ways(network: AsymmDiT, size: LatentSize, batch: int, text_tokens: int) -> Ways:
+    dtype = _dtype(network)
+    unpacking = unpacking_bytes(network, dtype)
 
     def need(at_once: int | None) -> int:
-        return dit_activations(network.config, size, tokens_at_once=at_once, **described)  # pyright: ignore
+        own = dict(batch=batch, text_tokens=text_tokens, dtype=dtype, tokens_at_once=at_once)
+        return dit_activations(network.config, size, **own) + unpacking  # pyright: ignore[reportArgumentType]
 
-    whole, least = need(None), need(FEWEST_TOKENS)
-    busy = min(whole, need(BUSY_TOKENS))
-    all_weights, fewest_weights = (_weights(network, [*network.blocks], n, device) for n in (len(network.blocks), 0))
-    if all_weights + whole <= available:
-        at_once = None
-    elif fewest_weights + busy <= available:
-        at_once = BUSY_TOKENS if busy < whole else None
-    else:
-        _check(available, fewest_weights + min(least, whole), "the transformer")
-        at_once = tokens_at_once_for(network.config, size, available - fewest_weights, **described)  # pyright: ignore
-    return _streaming(
-        "the transformer",
-        network,
-        [*network.blocks],
-        available,
-        need(at_once),
-        device,
-        pinnable,
-        tokens_at_once=at_once,
-    )
+    whole = need(None)
+    chunks = [(tokens, need(tokens)) for tokens in range(BUSY_TOKENS, FEWEST_TOKENS - 1, -TOKEN_STEP)]
+    return [(None, whole), *(way for way in chunks if way[1] < whole)]
 
 
-def _streaming(
-    name: str,
-    network: nn.Module,
-    blocks: Sequence[nn.Module],
-    available: int,
-    activations: int,
-    device: torch.device,
-    pinnable: int,
-    **more: Any,
+def _blocks_plan(
+    name: str, network: nn.Module, blocks: Any, ways: Ways, budget: float, device: torch.device, pinnable: int
 ) -> NetworkPlan:
-    """As many resident blocks as fit beside the activations."""
-    count = len(blocks)
-    needs = {resident: _weights(network, blocks, resident, device) for resident in range(count, -1, -1)}
-    _check(available, min(needs.values()) + activations, name)
-    resident = next(number for number, weights in needs.items() if weights + activations <= available)
-    waiting = (
-        _weights(network, blocks, count, device) - device_bytes(network, blocks, resident) if resident < count else 0
-    )
-    source: Source = "pinned" if waiting <= pinnable else "file"
-    return NetworkPlan(count, resident, source, needs[resident], activations, waiting, **more)
+    """The first way that fits with as many resident blocks as fit beside it; chunks come before streaming."""
+    count, available = len(blocks), _usable(budget)
+    held = {resident: _weights(network, blocks, resident, device) for resident in range(count, -1, -1)}
+    for at_once, activations in ways:
+        must_be_resident = count if at_once is None and ways[1:] and ways[1][0] == BUSY_TOKENS else 0
+        for resident, weights in held.items():
+            if resident >= must_be_resident and weights + activations <= available:
+                sizes, streamed_blocks = block_bytes(blocks), spread(count, resident)
+                waiting = 0 if device.type == "cpu" else sum(sizes[index] for index in streamed_blocks)
+                source: Source = "pinned" if waiting <= pinnable else "file"
+                return NetworkPlan(count, resident, source, weights, activations, waiting, at_once)
+    raise _too_little(budget, min(held.values()) + min(need for _, need in ways), name)
 
 
 def decode_plan(
     decoder: Decoder, size: LatentSize, budget: float, device: torch.device | str, *, batch: int = 1
 ) -> DecodePlan:
     """How the decoder streams with `budget` bytes of `device`; the rest as for `plan`."""
-    available = _usable(budget)
-    dtype, is_cpu = _dtype(decoder), torch.device(device).type == "cpu"
+    available, dtype, is_cpu = _usable(budget), _dtype(decoder), torch.device(device).type == "cpu"
     weights = 0 if is_cpu else sum(parameter.nbytes for parameter in decoder.parameters())
     kept = kept_frames_bytes(decoder.config, size, batch=batch, dtype=dtype)
-    need = 0
+    needs = []
     # Frames that travel while others are worked on cost less than parts so small that every frame is copied thrice.
     for division in DIVISIONS:
         for on_host in (False,) if is_cpu else (False, True):
@@ -272,21 +268,22 @@ def decode_plan(
             if weights + need <= available:
                 stay = min(kept, available - weights - need) if on_host else kept
                 return DecodePlan(stay, kept if on_host else 0, values, weights, need + (stay if on_host else 0))
-    _check(available, weights + need, "the decoder")
-    raise AssertionError  # what does not fit was refused
+            needs.append(need)
+    raise _too_little(budget, weights + min(needs), "the decoder")
 
 
 def _usable(budget: float) -> int:
     return int(budget * (1 - KEPT_BACK))
 
 
-def _check(available: int, need: int, name: str) -> None:
-    if need > available:
-        raise MemoryBudgetError(
-            f"The budget is {available / (1 - KEPT_BACK) / 1e9:.3f} GB",
-            f"{name} needs at least {need / (1 - KEPT_BACK) / 1e9 + 0.0005:.3f} GB for this size",
-            "Allow more memory, or make a smaller or shorter video",
-        )
+def _too_little(budget: float, need: int, name: str) -> MemoryBudgetError:
+    least = need / (1 - KEPT_BACK)
+    return MemoryBudgetError(
+        f"The budget is {budget / 1e9:.3f} GB",
+        f"{name} needs at least {least / 1e9 + 0.0005:.3f} GB for this size",
+        "Allow more memory, or make a smaller or shorter video",
+        least,
+    )
 
 
 def _weights(network: nn.Module, blocks: Sequence[nn.Module], resident: int, device: torch.device) -> int:
@@ -317,7 +314,12 @@ def placed(
                 network.tokens_at_once = tokens_before
 
 
-def decode_context(how: DecodePlan, device: torch.device | str) -> KeptContext:
-    """What `Decoder.stream` needs to decode one clip as planned."""
+@contextmanager
+def decode_context(how: DecodePlan, device: torch.device | str) -> Iterator[KeptContext]:
+    """What `Decoder.stream` needs to decode one clip as planned, as long as the block runs."""
     store = HostFrames(device, how.frames_on_device) if how.frames_on_host else None
-    return KeptContext(store, how.values_at_once)
+    try:
+        yield KeptContext(store, how.values_at_once)
+    finally:
+        if store is not None:
+            store.close()

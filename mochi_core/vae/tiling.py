@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import ShapeError
+from ..numerics import widen
 
 
 def decode_tiled(
@@ -69,7 +70,8 @@ def decode_blended(
 ) -> torch.Tensor:
     """`decode` on `rows` x `columns` tiles of one size, any number of each, crossfaded linearly where they overlap.
 
-    `latents`: `B C t h w`; `overlap` in latent pixels. Returns what `decode` returns, `B 3 T H W`, every frame of it.
+    `latents`: `B C t h w`; `overlap` in latent pixels. Returns `B 3 T H W`, widened, every frame of it.
+
     Raises `ShapeError` on tiles that are more than there are pixels, or that overlap more than their neighbours.
     """
     height, width = latents.shape[-2:]
@@ -78,7 +80,7 @@ def decode_blended(
     out = None
     for top, bottom in row_tiles:
         for left, right in column_tiles:
-            tile = decode(latents[..., top:bottom, left:right])
+            tile = widen(decode(latents[..., top:bottom, left:right]))
             down, across = tile.shape[-2] // (bottom - top), tile.shape[-1] // (right - left)
             if out is None:
                 out = tile.new_zeros((*tile.shape[:-2], height * down, width * across))

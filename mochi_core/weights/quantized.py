@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from .blocks import Packed
 from .formats import Scaled, Weight, plain
 
+# Bytes for each value, beside the floats themselves, while a weight becomes floats.
+UNPACKING_SCALED, UNPACKING_BLOCKS = 8, 2
+
 
 class QuantizedLinear(nn.Module):
     """`x W^T + bias` in the dtype of `x`, whatever `W` is stored as.
@@ -49,3 +52,13 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def unpacking_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """What the largest quantised weight of a network takes while it is floats of `dtype`, 0 when there is none."""
+    most = 0
+    for layer in network.modules():
+        if isinstance(layer, QuantizedLinear):
+            beside = UNPACKING_BLOCKS if layer.scale is None else UNPACKING_SCALED
+            most = max(most, layer.out_features * layer.in_features * (dtype.itemsize + beside))
+    return most

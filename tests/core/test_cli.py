@@ -2,10 +2,12 @@
 
 import av
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mochi_core import pipeline
 from mochi_core.cli import app
+from mochi_core.latents_file import write_latents
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "7", "--steps", "2", "--device", "cpu"]
 
@@ -44,8 +46,11 @@ def test_a_failed_decode_does_not_cost_the_sampling(tmp_path, monkeypatch):
         context.setattr(pipeline.MochiPipeline, "decode", lambda *_: iter([None]))
         failed = run("generate", "a red circle", tmp_path / "red.mp4", *SMALL)
     assert failed.exit_code == 1
-    assert f"The latents are kept: decode {tmp_path / 'red.latent'}" in failed.stderr
-    result = run("decode", tmp_path / "red.latent", tmp_path / "red.mp4", "--device", "cpu")
+    command = f"decode {tmp_path / 'red.latent'} {tmp_path / 'red.mp4'} --device cpu"
+    assert f"The latents are kept: {command}\n" in failed.stderr
+    again = run("generate", "a red circle", tmp_path / "red.mp4", *SMALL)
+    assert again.exit_code == 1 and "red.latent exists: nothing is replaced unasked" in again.stderr
+    result = run(*command.split())
     assert result.exit_code == 0, result.output
     assert frames_of(tmp_path / "red.mp4") == 7
 
@@ -58,6 +63,7 @@ def test_a_failed_decode_does_not_cost_the_sampling(tmp_path, monkeypatch):
         (("red.mp4", "--frames", "8"), "frames is 8"),
         (("red.mp4", *SMALL, "--budget", "0.0001"), "needs at least"),
         (("red.mp4", "--device", "tpu"), "--device is tpu"),
+        (("red.mp4", *SMALL, "--budget", "nan"), "The budget is nan"),
     ],
 )
 def test_what_cannot_be_generated(tmp_path, monkeypatch, arguments, message):
@@ -65,3 +71,29 @@ def test_what_cannot_be_generated(tmp_path, monkeypatch, arguments, message):
     result = run("generate", "a red circle", *arguments)
     assert result.exit_code == 1 and message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_kept(tmp_path):
+    (tmp_path / "red.mp4").write_bytes(b"older")
+    result = run("generate", "a red circle", tmp_path / "red.mp4", *SMALL)
+    assert result.exit_code == 1 and "red.mp4 exists" in result.stderr
+    assert run("generate", "a red circle", tmp_path / "red.mp4", *SMALL, "--overwrite").exit_code == 0
+    assert frames_of(tmp_path / "red.mp4") == 7
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(pipeline.MochiPipeline, "sample", lambda *_: pytest.fail("sampled in vain"))
+    result = run("generate", "a red circle", tmp_path / "file" / "red.mp4", *SMALL)
+    assert result.exit_code == 1 and "file" in result.stderr
+
+
+def test_a_batch_of_latents(tmp_path):
+    write_latents(tmp_path / "two.latent", torch.zeros(2, 12, 1, 4, 4))
+    result = run("decode", tmp_path / "two.latent", tmp_path / "two.mp4", "--device", "cpu")
+    assert result.exit_code == 1 and "two.latent holds 2 videos: it must be one" in result.stderr
+
+
+def test_a_device_that_nobody_has():
+    result = run("plan", "--budget", 8, "--device", "foo")
+    assert result.exit_code == 1 and "--device is foo: there are cuda, xpu, mps, cpu" in result.stderr

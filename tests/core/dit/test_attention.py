@@ -31,7 +31,7 @@ def inputs():
     shapes = dict(visual=(2, 12, 24), text=(2, 5, 10), visual_scale=(2, 24), text_scale=(2, 10))
     streams = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     frequencies = torch.randn(3, 3, 4, generator=generator) * 0.1
-    return streams | {"rotation": rotations(frequencies, 3, 2, 2, torch.device("cpu"))}
+    return streams | {"rotation": rotations(frequencies, 3, 2, 2, torch.device("cpu")).table()}
 
 
 def test_only_visual_tokens_are_rotated(attention, inputs):

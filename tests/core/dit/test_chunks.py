@@ -10,7 +10,7 @@ from mochi_core.attention.joint import QKV, PlainJointAttention, side_by_side
 from mochi_core.config import TINY, DiTConfig
 from mochi_core.dit import AsymmDiT
 from mochi_core.dit.layers import in_chunks
-from mochi_core.dit.rope import factored_rotations, rotations
+from mochi_core.dit.rope import rotations
 from mochi_core.weights.lora import attached, branches
 from mochi_core.weights.lora_file import Lora, LowRank
 
@@ -186,7 +186,7 @@ class TestSideBySide:
 @pytest.mark.parametrize("part", [slice(None), slice(0, 1), slice(5, 31), slice(59, 60), slice(50, 99)], ids=str)
 def test_factors_of_rotations_give_any_part_of_the_table(part):
     grid = random(3, 2, 4), 3, 4, 5, torch.device("cpu")
-    assert torch.equal(factored_rotations(*grid)[part], rotations(*grid)[part])
+    assert torch.equal(rotations(*grid)[part], rotations(*grid).table()[part])
 
 
 def test_in_chunks_cuts_all_streams_alike():

@@ -66,6 +66,30 @@ def test_layers_in_any_order(monkeypatch, kind):
             store.put(layers[index], list(held[index].clone().split(1, dim=2)))
 
 
+@pytest.mark.parametrize("pieces", (1, 3, 99))
+def test_nothing_is_on_its_way_afterwards(tiny, monkeypatch, pieces):
+    """What still came would be written over what the memory was given to next."""
+    monkeypatch.setattr(module, "SideStream", Late)
+    store = HostFrames("cpu")
+    stream = tiny.decoder.stream(latents(3), context=KeptContext(store))
+    for _ in zip(range(pieces), stream):
+        pass
+    stream.close()
+    assert any(isinstance(item, tuple) for copies in (store._enter, store._leave) for item in copies.queue)
+    store.close()
+    assert not store._enter.queue and not store._leave.queue
+    assert not store._kept and not store._parked
+
+
+def test_copies_follow_what_they_copy(monkeypatch):
+    """A frame that does not lie in one piece is copied by the device first."""
+    order = []
+    monkeypatch.setattr(module, "_dense", lambda frame, dense=module._dense: order.append("dense") or dense(frame))
+    monkeypatch.setattr(SideStream, "follow", lambda self: order.append("follow"))
+    HostFrames("cpu").put(nn.Identity(), [torch.zeros(1, 2, 1, 3, 8)[..., ::2]])
+    assert order == ["dense", "follow"]
+
+
 def test_the_largest_stay():
     store = HostFrames("cpu", keep_bytes=900)
     small, large = nn.Identity(), nn.Identity()

@@ -10,11 +10,9 @@ from benchmarks.live_bytes import LiveBytes
 from benchmarks.streaming_plan import Case, counted
 from mochi_core.config import MOCHI_1, TINY, DiTConfig
 from mochi_core.dit import AsymmDiT
-from mochi_core.errors import MemoryBudgetError
 from mochi_core.memory.need import (
     dit_activations,
     t5_activations,
-    tokens_at_once_for,
 )
 from mochi_core.shapes import LatentSize, VideoSize
 from mochi_core.text.t5 import empty_t5
@@ -79,35 +77,3 @@ def test_a_forward_of_the_t5(config, dtype, tokens):
     need = t5_activations(config, tokens=tokens, dtype=dtype)
     # In so small a network other things come first, and none of them matters.
     assert live.peak <= need <= (1.05 if config.d_model == 4096 else 1.4) * live.peak
-
-
-class TestTokensAtOnce:
-    def need(self, tokens_at_once):
-        return dit_activations(MOCHI_1.dit, FULL, tokens_at_once=tokens_at_once)
-
-    def test_all_where_all_fit(self):
-        assert tokens_at_once_for(MOCHI_1.dit, FULL, self.need(None)) is None
-        assert tokens_at_once_for(MOCHI_1.dit, FULL, self.need(None) - 1) is not None
-
-    @pytest.mark.parametrize("available", (1.41e9, 1.5e9, 2e9, 3e9, 3.8e9))
-    def test_the_most_that_fit(self, available):
-        tokens = tokens_at_once_for(MOCHI_1.dit, FULL, int(available))
-        assert tokens % 256 == 0 and tokens >= 1024
-        assert self.need(tokens) <= available < self.need(tokens + 256)
-
-    def test_too_little(self):
-        with pytest.raises(MemoryBudgetError) as caught:
-            tokens_at_once_for(MOCHI_1.dit, FULL, 1_200_000_000)
-        assert str(caught.value) == (
-            "1.20 GB are left beside the weights for 848 x 480 and 163 frames: the transformer needs at least 1.41 GB "
-            "there. Allow more memory, or make a smaller or shorter video."
-        )
-
-    def test_a_small_video(self):
-        """Fewer tokens than the fewest at once: cut or not, they are one chunk, which saves its copies."""
-        whole, cut = (dit_activations(MOCHI_1.dit, SMALL, tokens_at_once=tokens) for tokens in (None, 1024))
-        assert cut < whole
-        assert tokens_at_once_for(MOCHI_1.dit, SMALL, whole) is None
-        assert tokens_at_once_for(MOCHI_1.dit, SMALL, cut) == 1024
-        with pytest.raises(MemoryBudgetError):
-            tokens_at_once_for(MOCHI_1.dit, SMALL, cut - 1)
