@@ -1,6 +1,6 @@
 """What a budget of memory allows: which weights stay on the device, which are streamed, in what parts work is done.
 
-print(plan(8e9, VideoSize(848, 480, 163), Networks.released(), "cuda"))
+print(plan(8e9, VideoSize(848, 480, 163)))
 
 A plan is made before anything is loaded or moved. `placed` and `decode_context` do what it says.
 """
@@ -174,23 +174,23 @@ def free_bytes(device: torch.device | str) -> int:
 def plan(
     budget: float,
     size: VideoSize,
-    networks: Networks,
-    device: torch.device | str,
+    networks: Networks | None = None,
+    device: torch.device | str = "cuda",
     *,
     batch: int = 1,
     text_tokens: int = MAX_TOKENS,
     host_bytes: int | None = None,
 ) -> Plan:
-    """How `networks` make a video of `size` with `budget` bytes of `device`, one after the other.
+    """How `networks`, by default the released ones in bfloat16, make a video of `size` in `budget` bytes of `device`.
 
-    Work goes in chunks of tokens before weights are streamed, as that costs nothing; then as many blocks stay as fit.
+    They run one after the other. Work goes in chunks of tokens before weights are streamed, as that costs nothing; then as many blocks stay as fit.
     `batch` is 2 when both halves of guidance run together. Of streamed weights `host_bytes` may be pinned: by default,
     most of what is free. On a CPU, weights lie where they were loaded: mapped from their file, unless they were cast,
     and not counted.
 
     Raises `MemoryBudgetError`, which says the least that will do.
     """
-    device = torch.device(device)
+    device, networks = torch.device(device), networks or Networks.released()
     pinnable = int(psutil.virtual_memory().available * PINNED_SHARE) if host_bytes is None else host_bytes
     text, dit = networks.text, networks.dit
     dit_ways = _dit_ways(dit, size.latent, batch, text_tokens)

@@ -207,3 +207,7 @@ def test_the_released_networks_have_the_released_sizes(released):
 def test_a_policy_without_a_budget_takes_what_is_free(tiny_networks):
     made = MemoryPolicy("cpu").plan(VideoSize(64, 64, 7), tiny_networks)
     assert made.budget == pytest.approx(free_bytes("cpu"), rel=0.2)
+
+
+def test_by_default_it_is_the_released_model(released):
+    assert plan(8e9, FULL, host_bytes=PLENTY) == planned(released, 8e9)
