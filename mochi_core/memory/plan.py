@@ -183,10 +183,10 @@ def plan(
 ) -> Plan:
     """How `networks`, by default the released ones in bfloat16, make a video of `size` in `budget` bytes of `device`.
 
-    They run one after the other. Work goes in chunks of tokens before weights are streamed, as that costs nothing; then as many blocks stay as fit.
-    `batch` is 2 when both halves of guidance run together. Of streamed weights `host_bytes` may be pinned: by default,
-    most of what is free. On a CPU, weights lie where they were loaded: mapped from their file, unless they were cast,
-    and not counted.
+    They run one after the other. Work goes in chunks of tokens before weights are streamed, as that costs nothing; then
+    as many blocks stay as fit. `batch` is 2 when both halves of guidance run together. Of streamed weights `host_bytes`
+    may be pinned: by default, most of what is free. On a CPU, weights lie where they were loaded: mapped from their
+    file, unless they were cast, and not counted.
 
     Raises `MemoryBudgetError`, which says the least that will do.
     """
