@@ -14,7 +14,7 @@ import torch
 from ..config import DiTConfig, TextConfig
 from ..shapes import LatentSize
 
-# Matrix products of so many rows keep a device busy: chunks of this many tokens cost nothing.
+# Matrix products of so many rows are large ones. On a CPU chunks of a quarter of it cost nothing (docs/memory.md).
 BUSY_TOKENS = 4096
 # Below this many tokens at once, matrix products no longer keep a device busy, and hardly any memory is saved.
 FEWEST_TOKENS = 1024

@@ -12,7 +12,7 @@ from torch import nn
 Frames = Sequence[torch.Tensor]
 
 # How many values of an activation a streaming context lets the wide stages work on at once: two frames of the widest
-# stage at 848x480. Larger pieces are no faster on any device they fill, smaller ones repeat more work at their borders.
+# stage at 848x480. Each part copies the frames before it, so smaller ones copy more; larger ones hold more.
 VALUES_AT_ONCE = 112 * 2**20
 
 
