@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,8 @@ def decode(session: StreamingSession, decoder: Decoder) -> None:
                 return frames_of(decoder, latents, KeptContext())
 
             def on_host() -> torch.Tensor:
-                return frames_of(decoder, latents, KeptContext(HostFrames(session.device, round(kept * 1e9))))
+                with closing(HostFrames(session.device, round(kept * 1e9))) as store:
+                    return frames_of(decoder, latents, KeptContext(store))
 
             measured, results = in_turns(session, device=on_device, host=on_host)
             identical = torch.equal(results["device"], results["host"])
@@ -333,14 +334,25 @@ def capped_decode(
         how = decode_plan(networks.decoder, size.latent, cap * 1e9, device)
         planned = {"planned": dataclasses.asdict(how), "planned_bytes": how.peak}
 
-    def context() -> KeptContext:
-        if how is not None:
-            return decode_context(how, device)
-        return KeptContext(HostFrames(device) if form == "frames on the host" else None)
+    @contextmanager
+    def context() -> Iterator[KeptContext]:
+        if form == "frames on the device":
+            yield KeptContext()
+        elif how is None:
+            with closing(HostFrames(device)) as store:
+                yield KeptContext(store)
+        else:
+            with decode_context(how, device) as planned_context:
+                yield planned_context
 
     with capped(device, cap), borrowing.on_device(decoder, device):
         latents = random_latents(session, size.latent, DTYPE)
-        measured = timed(lambda: frames_of(decoder, latents, context()), session.options.rounds, device)
+
+        def run() -> torch.Tensor:
+            with context() as own:
+                return frames_of(decoder, latents, own)
+
+        measured = timed(run, session.options.rounds, device)
         measured |= memory_of(measured, device)
     return {"ran": True, **planned, **measured}
 
