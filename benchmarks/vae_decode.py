@@ -99,17 +99,27 @@ def measure(case: Case, peer_names: Sequence[str], rounds: int) -> dict[str, Any
     return {"differences": found, "skipped": skipped, "contenders": harness.summary(times, memory)}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=int, default=64, help="base channels")
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """The options of the decoder that is measured; `decoder_of` makes its config."""
+    parser.add_argument("--base", type=int, default=64, help="base channels of the medium decoder")
     parser.add_argument("--multipliers", type=int, nargs=4, default=(1, 2, 4, 6))
     parser.add_argument("--res-blocks", type=int, nargs=5, default=(1, 1, 2, 2, 1))
     parser.add_argument("--rows", type=int, default=16, help="latent rows and columns")
+    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=peers.NAMES)
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def decoder_of(options: argparse.Namespace) -> VAEConfig:
+    stages = StagesConfig(options.base, tuple(options.multipliers), tuple(options.res_blocks), (False,) * 5)
+    return VAEConfig(decoder=stages)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_decoder(parser)
     parser.add_argument("--latent-frames", type=int, nargs="+", default=(3, 7, 13))
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=list(harness.DTYPES))
-    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=peers.NAMES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "vae_decode.json")
     return parser.parse_args()
 
@@ -117,8 +127,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    stages = StagesConfig(options.base, tuple(options.multipliers), tuple(options.res_blocks), (False,) * 5)
-    config = VAEConfig(decoder=stages)
+    config = decoder_of(options)
     results: dict[str, dict[str, Any]] = {}
     for name in options.dtype:
         results[name] = {}
@@ -137,7 +146,7 @@ def main() -> None:
             "environment": harness.environment(),
             "peers": peers.versions(),
             "settings": {
-                "decoder": asdict(stages),
+                "decoder": asdict(config.decoder),
                 "latent_frames": options.latent_frames,
                 "rows": options.rows,
                 "rounds": options.rounds,

@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import harness, peers, vae_decode
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.vae_decode import Case
-from mochi_core.config import MOCHI_1, TINY, StagesConfig, VAEConfig
+from mochi_core.config import MOCHI_1, TINY, VAEConfig
 from mochi_core.memory import vae_need
 from mochi_core.memory.frames import HostFrames
-from mochi_core.shapes import FRAMES_PER_LATENT, LatentSize, VideoSize
+from mochi_core.shapes import LatentSize, VideoSize, frames_of
 from mochi_core.vae import Decoder, Encoder
 from mochi_core.vae.causal_conv import KeptContext
 
@@ -304,21 +304,16 @@ def print_released(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=int, default=64, help="base channels of the medium decoder")
-    parser.add_argument("--multipliers", type=int, nargs=4, default=(1, 2, 4, 6))
-    parser.add_argument("--res-blocks", type=int, nargs=5, default=(1, 1, 2, 2, 1))
-    parser.add_argument("--rows", type=int, default=16, help="latent rows and columns")
+    vae_decode.add_decoder(parser)
     parser.add_argument("--latent-frames", type=int, nargs="+", default=(3, 7, 13, 28))
     parser.add_argument("--compare-at", type=int, default=13, help="latent frames of the claims against peers")
     parser.add_argument("--dtype", nargs="*", choices=harness.DTYPES, default=list(harness.DTYPES))
-    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=peers.NAMES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--config", choices=("released", "tiny"), default="released", help="of the full size")
     parser.add_argument("--width", type=int, default=848)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--released-latent-frames", type=int, nargs="*", default=(4, 9, 28))
     parser.add_argument("--kept-on-device", type=float, nargs="*", default=(0, 1), help="GB of frames, beside the host")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "vae_memory.json")
     return parser.parse_args()
 
@@ -326,8 +321,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    stages = StagesConfig(options.base, tuple(options.multipliers), tuple(options.res_blocks), (False,) * 5)
-    medium = VAEConfig(decoder=stages)
+    medium = vae_decode.decoder_of(options)
     results = {}
     for name in options.dtype:
 
@@ -341,8 +335,8 @@ def main() -> None:
     full_size = []
     print(f"\n{options.width} x {options.height}, {options.config}")
     for latent_frames in options.released_latent_frames:
-        frames = (latent_frames - 1) * FRAMES_PER_LATENT + 1
-        rows = released(config, VideoSize(options.width, options.height, frames).latent, kept, options.peers)
+        size = VideoSize(options.width, options.height, frames_of(latent_frames)).latent
+        rows = released(config, size, kept, options.peers)
         print_released(rows)
         full_size += rows
     harness.write_json(
@@ -352,7 +346,7 @@ def main() -> None:
             "environment": harness.environment(),
             "peers": peers.versions(),
             "settings": {
-                "decoder": asdict(stages),
+                "decoder": asdict(medium.decoder),
                 "latent_frames": options.latent_frames,
                 "rows": options.rows,
                 "rounds": options.rounds,

@@ -11,11 +11,9 @@ reason. The JSON is rewritten after each measurement, so that a run that is cut 
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import itertools
 import math
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import harness, peers
 from benchmarks.flops import attention_flops, dit_flops
-from benchmarks.gpu.session import DTYPE, Facts, Session, free, hardware, on_device
+from benchmarks.gpu.session import DTYPE, Facts, Session, default_output, free, hardware, on_device
 from mochi_core.attention.joint import PlainJointAttention
 from mochi_core.attention.kernels import KERNELS, get_kernel
 from mochi_core.config import MOCHI_1, TINY
@@ -290,11 +288,6 @@ def arguments() -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; try --device cpu --config tiny")
     return options
-
-
-def default_output(device: torch.device) -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", hardware(device)["device"].lower()).strip("-")
-    return harness.RESULTS / f"gpu-{name}-{datetime.date.today().isoformat()}.json"
 
 
 @torch.inference_mode()

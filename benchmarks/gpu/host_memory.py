@@ -36,8 +36,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import harness
-from benchmarks.gpu.session import Facts, hardware
-from benchmarks.gpu.streaming import default_output
+from benchmarks.gpu.session import Facts, default_output, hardware
 from scripts import comfyui
 
 PROBE = Path(__file__).with_name("host_probe.py")

@@ -5,7 +5,9 @@ What does not run is recorded with its reason, and the JSON is rewritten after e
 
 import argparse
 import dataclasses
+import datetime
 import gc
+import re
 import statistics
 import subprocess
 import time
@@ -119,6 +121,13 @@ def hardware(device: torch.device) -> Facts:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def default_output(device: torch.device, benchmark: str = "") -> Path:
+    """Where the result of a benchmark on this device goes unless told otherwise."""
+    name = re.sub(r"[^a-z0-9]+", "-", hardware(device)["device"].lower()).strip("-")
+    parts = ["gpu", *([benchmark] if benchmark else []), name, datetime.date.today().isoformat()]
+    return harness.RESULTS / f"{'-'.join(parts)}.json"
 
 
 def free(device: torch.device) -> None:

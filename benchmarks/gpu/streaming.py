@@ -21,11 +21,9 @@ JSON is rewritten after each measurement.
 import argparse
 import copy
 import dataclasses
-import datetime
 import itertools
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -43,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import harness
 from benchmarks.gpu.full_size import CFG_SCALE, CONFIGS, SIGMA, prompts, random_decoder, random_latents, sizes
 from benchmarks.gpu.overlap import events_of, overlap
-from benchmarks.gpu.session import DTYPE, Facts, Session, free, hardware, on_device, timed
+from benchmarks.gpu.session import DTYPE, Facts, Session, default_output, free, hardware, on_device, timed
 from mochi_core.dit import AsymmDiT
 from mochi_core.memory import borrowing
 from mochi_core.memory.blocks import device_bytes, streamed
@@ -408,11 +406,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def default_output(device: torch.device, benchmark: str = "streaming") -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", hardware(device)["device"].lower()).strip("-")
-    return harness.RESULTS / f"gpu-{benchmark}-{name}-{datetime.date.today().isoformat()}.json"
-
-
 def measure(session: StreamingSession, waiting: AsymmDiT) -> None:
     """All sections that were asked for. Only two of them need the whole network on the device."""
     wanted = session.options.sections
@@ -448,7 +441,7 @@ def main() -> None:
     config = CONFIGS[options.config]
     if options.depth is not None:
         config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, depth=options.depth))
-    output = options.output or default_output(device)
+    output = options.output or default_output(device, "streaming")
     deadline = math.inf if options.limit_s is None else started + options.limit_s
     environment = {
         **harness.environment(),
