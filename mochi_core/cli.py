@@ -18,7 +18,7 @@ from .errors import MochiError
 from .latents_file import read_latents, write_latents
 from .sampling.guidance import RELEASED_SCALE
 from .sampling.schedule import RELEASED_STEPS, linear_quadratic
-from .shapes import FRAMES_PER_LATENT, VideoSize
+from .shapes import VideoSize, frames_of
 from .weights import convert as conversion
 from .weights import formats, layouts
 from .weights.build import TINY_VAE, load_decoder
@@ -97,10 +97,10 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Say how the released model in bfloat16 would make a video in a budget: what is resident, streamed, in chunks."""
-    from .memory.plan import MemoryPolicy, Networks  # slow to import, as is all that knows the networks
+    from .memory.plan import Networks  # slow to import, as is all that knows the networks
 
     with _said():
-        policy = MemoryPolicy(_device(device, must_be_here=budget is None), None if budget is None else budget * 1e9)
+        policy = _policy(device, budget, must_be_here=budget is None)
         made = policy.plan(VideoSize(width, height, frames), Networks.released())
     console.print(str(made), soft_wrap=True, highlight=False, markup=False)
 
@@ -128,7 +128,6 @@ def generate(
 
     The latents are saved beside the video until it is written: `decode` goes on from there.
     """
-    from .memory.plan import MemoryPolicy
     from .pipeline import MochiPipeline, TextToVideo
 
     given = dict(dit=dit, vae=vae, t5=t5, tokenizer=tokenizer)
@@ -141,7 +140,7 @@ def generate(
         kept = target.with_suffix(".latent")
         _check_target(target, overwrite)
         _check_free(kept, overwrite)
-        memory = MemoryPolicy(_device(device), None if budget is None else budget * 1e9)
+        memory = _policy(device, budget)
         size = VideoSize(width, height, frames)
         request = TextToVideo(prompt, negative, size, linear_quadratic(steps), cfg, seed)
         files: Any = given
@@ -170,7 +169,6 @@ def decode(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a video of saved latents."""
-    from .memory.plan import MemoryPolicy
     from .pipeline import decode as decoded
 
     with _said():
@@ -178,11 +176,10 @@ def decode(
         latents = read_latents(source)
         if len(latents) != 1:
             raise MochiError(f"{source} holds {len(latents)} videos", "it must be one", "Save them one by one")
-        memory = MemoryPolicy(_device(device), None if budget is None else budget * 1e9)
+        memory = _policy(device, budget)
         file = vae or TINY_VAE
         unchanged, decoder = Unchanged(file), load_decoder(file)
-        frames = (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1
-        _write(target, decoded(decoder, latents, memory, unchanged), frames)
+        _write(target, decoded(decoder, latents, memory, unchanged), frames_of(latents.shape[2]))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -220,7 +217,13 @@ def _write(target: Path, pieces: Iterator[torch.Tensor], frames: int) -> None:
     console.print(f"{target} ({count} frames)", soft_wrap=True, highlight=False, markup=False)
 
 
-def _device(name: str, *, must_be_here: bool = True) -> str:
+def _policy(device: str, gigabytes: float | None, *, must_be_here: bool = True) -> Any:
+    from .memory.plan import MemoryPolicy
+
+    return MemoryPolicy(_device(device, must_be_here), None if gigabytes is None else gigabytes * 1e9)
+
+
+def _device(name: str, must_be_here: bool) -> str:
     """The device called so, or the first there is for `auto`. Raises `MochiError` when it is not here but must be."""
     here = [kind for kind in KINDS[:-1] if getattr(torch, kind, None) and _backend(kind).is_available()]
     known = (*here, "cpu") if must_be_here else KINDS

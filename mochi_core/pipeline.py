@@ -129,7 +129,8 @@ class MochiPipeline:
         return self.memory.plan(request.size, networks, batch=2 if request.batched_cfg else 1)
 
     def __call__(self, request: TextToVideo, progress: Progress = silent) -> torch.Tensor:
-        """The video: `T H W 3`, 0 to 1, float32, on the CPU. Raises `MochiError` kinds before any network runs."""
+        """The video: `T H W 3`, 0 to 1, float32, on the CPU. Raises `MochiError` kinds, those of the
+        request before any network runs."""
         latents = self.sample(request, progress)
         return torch.cat(list(self.decode(latents)), dim=1)[0]
 

@@ -23,7 +23,7 @@ class LatentSize:
         return VideoSize(
             self.width * PIXELS_PER_LATENT,
             self.height * PIXELS_PER_LATENT,
-            (self.frames - 1) * FRAMES_PER_LATENT + 1,
+            frames_of(self.frames),
         )
 
 
@@ -57,6 +57,16 @@ class VideoSize:
             self.height // PIXELS_PER_LATENT,
             self.width // PIXELS_PER_LATENT,
         )
+
+
+def frames_of(latent_frames: int) -> int:
+    """How many frames latent frames become."""
+    return (latent_frames - 1) * FRAMES_PER_LATENT + 1
+
+
+def whole_frames(frames: int) -> int:
+    """How many of a clip's frames, from the first on, fill latent frames: the largest 6k+1 there is."""
+    return (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 
 def snap_frames(frames: float) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from mochi_core.config import VAEConfig
 from mochi_core.memory.vae_need import stagewise_encode_bytes, streaming_decode_bytes
-from mochi_core.shapes import FRAMES_PER_LATENT, PIXELS_PER_LATENT, LatentSize
+from mochi_core.shapes import PIXELS_PER_LATENT, LatentSize, frames_of
 from mochi_core.vae.causal_conv import VALUES_AT_ONCE
 
 # Live values for each pixel of a frame and each latent frame of a decode that is not streamed, counted in the released
@@ -38,14 +38,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def frame_count(latent_frames: int) -> int:
-    return (latent_frames - 1) * FRAMES_PER_LATENT + 1
-
-
 def video_of(shape: Sequence[int]) -> str:
     """What latents of this shape, `B C t h w`, are a video of."""
     batch, _, frames, height, width = shape
-    video = f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT}, {frame_count(frames)} frames"
+    video = f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT}, {frames_of(frames)} frames"
     return video if batch == 1 else f"{batch} times {video}"
 
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from mochi_core.errors import ShapeError
-from mochi_core.shapes import PIXELS_PER_LATENT, LatentSize
+from mochi_core.shapes import PIXELS_PER_LATENT, LatentSize, frames_of
 from mochi_core.vae.tiling import decode_blended, decode_tiled
-
-from ._memory import frame_count
 
 TILERS: dict[str, Callable[..., torch.Tensor]] = {"tiled spatial": decode_tiled, "tiled blended": decode_blended}
 MODES = ("streaming", "full", *TILERS)
@@ -39,7 +37,7 @@ class DecodeOptions:
         def decode(tile: torch.Tensor) -> torch.Tensor:
             found.append(LatentSize(*tile.shape[2:]))
             height, width = (n * PIXELS_PER_LATENT for n in tile.shape[3:])
-            return tile.new_empty(1, 3, frame_count(size.frames), height, width)
+            return tile.new_empty(1, 3, frames_of(size.frames), height, width)
 
         self.tiled(decode, torch.empty(1, 12, size.frames, size.height, size.width, device="meta"))
         return found

@@ -7,7 +7,7 @@ from comfy_api.latest import InputImpl, Types, io
 
 from mochi_core.errors import ShapeError, WeightsError
 from mochi_core.latents import require_finite
-from mochi_core.shapes import FRAMES_PER_LATENT, PIXELS_PER_PATCH, RELEASED_FPS
+from mochi_core.shapes import PIXELS_PER_PATCH, RELEASED_FPS, whole_frames
 
 from . import _host
 from ._tiles import MODES, check_tiles
@@ -151,7 +151,7 @@ def cropped(frames: torch.Tensor) -> torch.Tensor:
             f"there must be at least one, of {PIXELS_PER_PATCH} x {PIXELS_PER_PATCH} pixels or more",
             "Scale them up",
         )
-    keep = (count - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+    keep = whole_frames(count)
     rows, columns = (size // PIXELS_PER_PATCH * PIXELS_PER_PATCH for size in (height, width))
     if (keep, rows, columns) != (count, height, width):
         _host.log.warning(

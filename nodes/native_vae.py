@@ -22,14 +22,14 @@ from mochi_core.errors import MemoryBudgetError, WeightsError
 from mochi_core.memory.frames import HostFrames
 from mochi_core.memory.vae_need import stagewise_encode_host_bytes
 from mochi_core.sampling.samplers import draw_noise
-from mochi_core.shapes import FRAMES_PER_LATENT, PIXELS_PER_LATENT, LatentSize
+from mochi_core.shapes import FRAMES_PER_LATENT, PIXELS_PER_LATENT, LatentSize, frames_of, whole_frames
 from mochi_core.vae import Decoder, Encoder, Posterior
 from mochi_core.vae.causal_conv import KeptContext
 from mochi_core.weights.build import load_vae
 
 from . import _host
 from ._autosave import autosaved
-from ._memory import DecodeWay, EncodeWay, Way, decode_ways, encode_ways, fitting, frame_count, gigabytes, video_of
+from ._memory import DecodeWay, EncodeWay, Way, decode_ways, encode_ways, fitting, gigabytes, video_of
 from ._tiles import TILERS, DecodeOptions, largest
 
 Result = TypeVar("Result")
@@ -141,7 +141,7 @@ class MochiVAE(comfy.sd.VAE):
     def _decoded(self, latents: torch.Tensor, way: DecodeWay, options: DecodeOptions, tile_count: int) -> torch.Tensor:
         """One clip after the other: together they would need more and be no faster."""
         first_stage: FirstStage = self.first_stage_model
-        count, (height, width) = frame_count(latents.shape[2]), latents.shape[3:]
+        count, (height, width) = frames_of(latents.shape[2]), latents.shape[3:]
         shape = (len(latents), count, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT, 3)
         frames = torch.empty(shape, dtype=self._output_dtype(), device=self.output_device)
         report, done, total = _host.progress(), 0, len(latents) * tile_count * count
@@ -204,7 +204,7 @@ class MochiVAE(comfy.sd.VAE):
         """Of `1 3 T H W`, 0 to 1; frames that do not fill a latent frame are left out, and said."""
         first_stage: FirstStage = self.first_stage_model
         encoder = first_stage.needed_encoder()
-        frames = (clip.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+        frames = whole_frames(clip.shape[2])
         if frames != clip.shape[2]:
             _host.log.warning("encoding the first %d of %d frames: the VAE takes 6k+1", frames, clip.shape[2])
         video = self.process_input(clip[:, :3, :frames].float()).to(self.output_device)

@@ -63,7 +63,7 @@ class AsymmDiT(nn.Module):
         """How many visual tokens what is done to each token alone is done to; None, as made, for all.
 
         Fewer need less memory, and more time only where they are too few to keep the device busy. The numbers are the
-        same up to what a matrix product of another size rounds differently. `memory.need` knows how many fit.
+        same up to what a matrix product of another size rounds differently. `memory.plan` knows how many fit.
         """
         return self.blocks[0].tokens_at_once  # pyright: ignore[reportReturnType]
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import psutil
@@ -238,16 +238,17 @@ def _blocks_plan(
 ) -> NetworkPlan:
     """The first way that fits with as many resident blocks as fit beside it; chunks come before streaming."""
     count, available = len(blocks), _usable(budget)
-    held = {resident: _weights(network, blocks, resident, device) for resident in range(count, -1, -1)}
+    held = cache(lambda resident: _weights(network, blocks, resident, device))
+    residents = range(count, -1, -1)
     for at_once, activations in ways:
-        must_be_resident = count if at_once is None and ways[1:] and ways[1][0] == BUSY_TOKENS else 0
-        for resident, weights in held.items():
-            if resident >= must_be_resident and weights + activations <= available:
+        whole_first = at_once is None and ways[1:] and ways[1][0] == BUSY_TOKENS
+        for resident in [count] if whole_first else residents:
+            if held(resident) + activations <= available:
                 sizes, streamed_blocks = block_bytes(blocks), spread(count, resident)
                 waiting = 0 if device.type == "cpu" else sum(sizes[index] for index in streamed_blocks)
                 source: Source = "pinned" if waiting <= pinnable else "file"
-                return NetworkPlan(count, resident, source, weights, activations, waiting, at_once)
-    raise _too_little(budget, min(held.values()) + min(need for _, need in ways), name)
+                return NetworkPlan(count, resident, source, held(resident), activations, waiting, at_once)
+    raise _too_little(budget, min(map(held, residents)) + min(need for _, need in ways), name)
 
 
 def decode_plan(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import VAEConfig
-from ..shapes import FRAMES_PER_LATENT, PIXELS_PER_LATENT, LatentSize
+from ..shapes import PIXELS_PER_LATENT, LatentSize, frames_of
 from ..vae.causal_conv import VALUES_AT_ONCE
 
 # Frames that a 3x3x3 causal convolution keeps.
@@ -86,9 +86,8 @@ def streaming_decode_bytes(
         peak = max(peak, entered + work)
         entered += part
         pictures = 3 * part // stage.channels
-    held = min(kept_on_device, kept_frames_bytes(config, size, batch=batch, dtype=dtype))
-    if not frames_on_host:
-        held = kept_frames_bytes(config, size, batch=batch, dtype=dtype)
+    kept = kept_frames_bytes(config, size, batch=batch, dtype=dtype)
+    held = min(kept_on_device, kept) if frames_on_host else kept
     # What was handed out last may still be held, and what is next is being made.
     return (peak + 2 * pictures) * dtype.itemsize + held
 
@@ -104,7 +103,7 @@ def stagewise_encode_bytes(
     """Bytes on the device at the peak of a stagewise encode of the video of `size`, whatever its length."""
     half, pixels = config.encoder, batch * size.height * size.width * PIXELS_PER_LATENT**2
     frame = pixels * half.channels[0]
-    frames = (size.frames - 1) * FRAMES_PER_LATENT + 1
+    frames = frames_of(size.frames)
     part = min(frames * frame, max(values_at_once, frame))
     # The widest picture's convolutions keep most; those of the next one's first block run in the same go.
     kept = CONVOLUTIONS_A_BLOCK * KEPT_FRAMES * frame * half.num_res_blocks[0]
@@ -117,7 +116,7 @@ def stagewise_encode_host_bytes(
 ) -> int:
     """Bytes of host memory in which activations wait during a stagewise encode: they grow with the clip."""
     half = config.encoder
-    frames = (size.frames - 1) * FRAMES_PER_LATENT + 1
+    frames = frames_of(size.frames)
     pixels = batch * size.height * size.width * PIXELS_PER_LATENT**2
     attends = [bool(count) and own for count, own in zip(half.num_res_blocks, half.has_attention)]
     # The last two stages have one size of picture.

@@ -20,17 +20,15 @@ class TemporalContext(Protocol):
     """Gives each layer the frames before those it is shown; `layer` tells the layers apart.
 
     `first_time(layer)`: whether the clip starts with the frames now at this layer. `before(layer, x, frames)`: the
-    `frames` frames before `x` (`B C T H W`), tensors that follow each other in time. `frames_at_once` and
-    `rows_at_once` bound what a layer with `values` in a frame, or in a row of all its frames, should be given.
+    `frames` frames before `x` (`B C T H W`), tensors that follow each other in time. `at_once(values)`: how many
+    frames, or rows, of so many values a layer should be given, None for all.
     """
 
     def first_time(self, layer: nn.Module) -> bool: ...
 
     def before(self, layer: nn.Module, x: torch.Tensor, frames: int) -> Frames: ...
 
-    def frames_at_once(self, values: int) -> int | None: ...
-
-    def rows_at_once(self, values: int) -> int | None: ...
+    def at_once(self, values: int) -> int | None: ...
 
 
 class WholeClip:
@@ -42,10 +40,7 @@ class WholeClip:
     def before(self, layer: nn.Module, x: torch.Tensor, frames: int) -> Frames:
         return [x[:, :, :1]] * frames
 
-    def frames_at_once(self, values: int) -> int | None:
-        return None
-
-    def rows_at_once(self, values: int) -> int | None:
+    def at_once(self, values: int) -> int | None:
         return None
 
 
@@ -93,10 +88,7 @@ class KeptContext:
         self._store.put(layer, _last(frames, [*earlier, x]))
         return earlier
 
-    def frames_at_once(self, values: int) -> int | None:
-        return max(1, self._values_at_once // values)
-
-    def rows_at_once(self, values: int) -> int | None:
+    def at_once(self, values: int) -> int | None:
         return max(1, self._values_at_once // values)
 
 
@@ -136,7 +128,7 @@ def run_causal(conv: nn.Module, x: torch.Tensor, context: TemporalContext) -> to
     batch, channels, frames, height, width = x.shape
     earlier = context.before(conv, x, kernel[0] - 1) if kernel[0] > 1 else ()
     pieces, edge = [*earlier, x], (kernel[1] // 2, kernel[2] // 2)
-    rows = context.rows_at_once(batch * channels * (frames + kernel[0] - 1) * width)
+    rows = context.at_once(batch * channels * (frames + kernel[0] - 1) * width)
     if rows is None or rows >= height:
         return conv(framed(pieces, 0, height, edge))
     out = channels_last(x, (batch, conv.out_channels, frames, height, width))  # pyright: ignore[reportArgumentType]

@@ -73,7 +73,8 @@ class Decoder(nn.Module):
 
         `to_frames` makes a picture of it. Raises `LatentsError` on a wrong shape.
         """
-        (frames,) = self._decoded(latents, WholeClip())
+        self.check(latents)
+        (frames,) = self._pieces(latents, latents.shape[2], WholeClip())
         return frames
 
     def stream(
@@ -101,12 +102,9 @@ class Decoder(nn.Module):
             )
 
     def _pieces(self, latents: torch.Tensor, count: int, context: TemporalContext) -> Iterator[torch.Tensor]:
+        stages = self._stages()
         for piece in latents.split(count, dim=2):
-            yield from self._decoded(piece, context)
-
-    def _decoded(self, latents: torch.Tensor, context: TemporalContext) -> Iterator[torch.Tensor]:
-        self.check(latents)
-        return self._parts(latents.contiguous(memory_format=torch.channels_last_3d), self._stages(), context)
+            yield from self._parts(piece.contiguous(memory_format=torch.channels_last_3d), stages, context)
 
     def _parts(self, x: torch.Tensor, stages: Sequence["Stage"], context: TemporalContext) -> Iterator[torch.Tensor]:
         """Depth first: a part of `x` goes through all the stages before the next one enters the first."""
@@ -115,7 +113,7 @@ class Decoder(nn.Module):
             return
         stage, *rest = stages
         batch, _, frames, height, width = x.shape
-        at_once = context.frames_at_once(batch * stage.width * height * width) or frames
+        at_once = context.at_once(batch * stage.width * height * width) or frames
         for part in x.split(at_once, dim=2):
             yield from self._parts(stage(part, context), rest, context)
 

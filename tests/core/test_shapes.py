@@ -1,7 +1,15 @@
 import pytest
 
 from mochi_core.errors import ShapeError
-from mochi_core.shapes import LatentSize, VideoSize, frames_for_seconds, snap_frames, snap_pixels
+from mochi_core.shapes import (
+    LatentSize,
+    VideoSize,
+    frames_for_seconds,
+    frames_of,
+    snap_frames,
+    snap_pixels,
+    whole_frames,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +59,14 @@ def test_snapped_values_are_always_valid():
 @pytest.mark.parametrize("seconds, fps, frames", [(5.4, 30, 163), (1, 24, 25), (0, 30, 1)])
 def test_frames_for_seconds(seconds, fps, frames):
     assert frames_for_seconds(seconds, fps) == frames
+
+
+@pytest.mark.parametrize("latent_frames, frames", [(1, 1), (2, 7), (28, 163)])
+def test_frames_of_latent_frames(latent_frames, frames):
+    assert frames_of(latent_frames) == frames
+    assert LatentSize(latent_frames, 2, 2).video.frames == frames
+
+
+@pytest.mark.parametrize("frames, whole", [(1, 1), (6, 1), (7, 7), (8, 7), (168, 163), (169, 169)])
+def test_frames_that_fill_latent_frames(frames, whole):
+    assert whole_frames(frames) == whole
