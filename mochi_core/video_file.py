@@ -3,7 +3,7 @@
 Shapes: `T H W` = frames, rows, columns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,10 +16,18 @@ from .shapes import RELEASED_FPS
 QUALITY = 17
 
 
-def write_mp4(path: str | Path, pieces: Iterable[torch.Tensor], fps: float = RELEASED_FPS) -> int:
+def write_mp4(
+    path: str | Path,
+    pieces: Iterable[torch.Tensor],
+    fps: float = RELEASED_FPS,
+    *,
+    preset: str = "medium",
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Writes pieces of a video, each `T H W 3` from 0 to 1, as H.264; returns the number of frames.
 
-    The file appears when it is whole. Raises `MochiError` when there is no frame, and `OSError` as writing does.
+    `preset` is x264's: faster ones make larger files. `metadata` is kept in the file, which appears when it is whole.
+    Raises `MochiError` when there is no frame, and `OSError` as writing does.
     """
     import av  # only this needs it
 
@@ -27,10 +35,13 @@ def write_mp4(path: str | Path, pieces: Iterable[torch.Tensor], fps: float = REL
     unfinished = path.with_name(f".{path.name}.part")
     count = 0
     try:
-        with av.open(str(unfinished), "w", format="mp4") as file:
+        # By itself the format keeps only a few names of metadata; and a file that starts with its index plays at once.
+        options = {"movflags": "use_metadata_tags+faststart"}
+        with av.open(str(unfinished), "w", format="mp4", options=options) as file:
+            file.metadata.update(metadata or {})
             stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(QUALITY)}
+            stream.options = {"crf": str(QUALITY), "preset": preset}
             for piece in pieces:
                 for picture in piece.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy():
                     if not count:

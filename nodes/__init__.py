@@ -6,6 +6,9 @@ from .conditioning import MochiVideoTextEncode
 from .decoding import MochiVideoDecode, MochiVideoEncode
 from .loading import MochiVideoDiTLoader, MochiVideoT5Loader, MochiVideoVAELoader
 from .lora import MochiVideoLoraLoader, MochiVideoLoraStack
+from .native_events import send_warnings, server
+from .prompts import MochiVideoPrompts
+from .routes import add_routes
 from .sampling import MochiVideoGuider, MochiVideoSampler
 from .schedule import MochiVideoSigmas
 from .size import MochiVideoSize
@@ -17,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     MochiVideoLoraLoader,
     MochiVideoLoraStack,
     MochiVideoTextEncode,
+    MochiVideoPrompts,
     MochiVideoSize,
     MochiVideoSigmas,
     MochiVideoGuider,
@@ -33,4 +37,8 @@ class MochiVideoExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> MochiVideoExtension:
     """What ComfyUI asks for the nodes."""
+    send_warnings()
+    host_server = server()
+    if host_server is not None:
+        add_routes(host_server.routes)
     return MochiVideoExtension()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +15,8 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
+from comfy.cli_args import args
 from comfy_api.latest import io
 
 from mochi_core.errors import MochiError, WeightsError
@@ -211,7 +212,7 @@ def intermediate_device() -> torch.device:
 
 def noise_device(choice: str) -> torch.device:
     """Where noise is drawn: `cpu`, or else the GPU, as the reference does. Raises `MochiError` without a GPU."""
-    device = torch.device("cpu") if choice == "cpu" else comfy.model_management.get_torch_device()
+    device = torch.device("cpu") if choice == "cpu" else sampling_device()
     if choice != "cpu" and device.type == "cpu":
         raise MochiError(
             f"noise_device is {choice!r}, and this host has no GPU",
@@ -227,6 +228,11 @@ def noise_device(choice: str) -> torch.device:
 def host_apart(device: torch.device) -> bool:
     """Whether the host's memory is other memory than the device's, and torch copies between them at its side."""
     return device.type not in ("cpu", "mps", "privateuseone")
+
+
+def sampling_device() -> torch.device:
+    """Where the host puts what it samples with."""
+    return comfy.model_management.get_torch_device()
 
 
 def usable_memory(device: torch.device) -> int:
@@ -261,6 +267,19 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def temporary_folder() -> Path:
+    """What the host empties when it starts; its page may read it."""
+    return Path(folder_paths.get_temp_directory())
+
+
+def graph_metadata(hidden: Any) -> dict[str, str]:
+    """What the host writes into files it saves: the prompt and the graph that made them, unless it is told not to."""
+    if args.disable_metadata:
+        return {}
+    values = {"prompt": getattr(hidden, "prompt", None), **(getattr(hidden, "extra_pnginfo", None) or {})}
+    return {name: json.dumps(value) for name, value in values.items() if value is not None}
+
+
 # Running
 
 
@@ -290,11 +309,6 @@ def interruptions() -> tuple[type[BaseException], ...]:
 def progress_bars_enabled() -> bool:
     """Whether the host shows progress in its console."""
     return comfy.utils.PROGRESS_BAR_ENABLED
-
-
-def sampler_callback(model: Any, steps: int) -> Callable[..., None]:
-    """What the host's samplers call after each step: bar, preview, interruption."""
-    return latent_preview.prepare_callback(model, steps)
 
 
 def sigmas_tensor(schedule: SigmaSchedule) -> torch.Tensor:

@@ -15,6 +15,7 @@ class MochiVideoTextEncode(io.ComfyNode):
             category="Mochi Video/conditioning",
             description="A prompt as Mochi was trained to read it: literally, 256 tokens at most. Leave the negative "
             "prompt empty for the model's own null prompt.",
+            search_aliases=["clip text encode", "prompt", "t5 encode"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A T5, from Mochi Video T5 Loader."),
                 io.String.Input(

@@ -10,10 +10,13 @@ from mochi_core.latents import require_finite
 from mochi_core.shapes import PIXELS_PER_PATCH, RELEASED_FPS, whole_frames
 
 from . import _host
+from ._player import written
 from ._tiles import MODES, check_tiles
 from .native_vae import MochiVAE
 
 CATEGORY = "Mochi Video/latent"
+# Under this name the page finds the files in what the node reports.
+PLAYER = "mochi_video"
 TILES = "tiled spatial: 1, 2, 4, 8 or 16. tiled blended: any."
 
 
@@ -34,7 +37,8 @@ class MochiVideoDecode(io.ComfyNode):
             node_id="MochiVideoDecode",
             display_name="Mochi Video Decode",
             category=CATEGORY,
-            description="Turns latents into frames and a video.",
+            description="Turns latents into frames and a video, and plays it.",
+            search_aliases=["vae decode", "mochi decode", "latent to video", "video player"],
             inputs=[
                 io.Vae.Input("vae", tooltip="From Mochi Video VAE Loader."),
                 io.Latent.Input("latent", tooltip="From a sampler."),
@@ -61,11 +65,28 @@ class MochiVideoDecode(io.ComfyNode):
                         tooltip="Latent pixels that tiles share; even for tiled spatial.",
                     )
                 ),
+                _host.advanced(
+                    io.Boolean.Input(
+                        "player",
+                        default=True,
+                        optional=True,
+                        tooltip="Play the video on this node. Off: no temporary file is written for it.",
+                    )
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="IMAGE", tooltip="Every frame."),
-                io.Video.Output(display_name="VIDEO", tooltip="For the host's Save Video."),
+                io.Image.Output(
+                    display_name="IMAGE",
+                    is_output_list=True,
+                    tooltip="Every frame; of a batch, clip after clip.",
+                ),
+                io.Video.Output(
+                    display_name="VIDEO",
+                    is_output_list=True,
+                    tooltip="For Save Video; of a batch, each clip.",
+                ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -86,13 +107,22 @@ class MochiVideoDecode(io.ComfyNode):
         tile_rows: int,
         tile_columns: int,
         tile_overlap: int,
+        player: bool = True,
     ) -> io.NodeOutput:
         samples = latent["samples"]
         require_finite(samples, "The latents to decode")
         options = {"mode": mode, "rows": tile_rows, "columns": tile_columns, "overlap": tile_overlap}
-        images = _ours(vae).decode(samples, vae_options=options).flatten(0, 1)
-        components = Types.VideoComponents(images=images, frame_rate=Fraction(fps).limit_denominator(1001))
-        return io.NodeOutput(images, InputImpl.VideoFromComponents(components))
+        clips = list(_ours(vae).decode(samples, vae_options=options))
+        rate = Fraction(fps).limit_denominator(1001)
+        videos = [InputImpl.VideoFromComponents(Types.VideoComponents(images=clip, frame_rate=rate)) for clip in clips]
+        return io.NodeOutput(clips, videos, ui=cls._player(clips, fps) if player else None)
+
+    @classmethod
+    def _player(cls, clips: list[torch.Tensor], fps: float) -> dict[str, list[dict]]:
+        """The clips as files that the page can play; they carry the graph, as saved ones do."""
+        metadata = _host.graph_metadata(cls.hidden)
+        files = [written(clip, fps, _host.temporary_folder(), metadata) for clip in clips]
+        return {PLAYER: [file for file in files if file is not None]}
 
 
 class MochiVideoEncode(io.ComfyNode):
@@ -103,6 +133,7 @@ class MochiVideoEncode(io.ComfyNode):
             display_name="Mochi Video Encode",
             category=CATEGORY,
             description="Turns frames into latents. They are cropped to the grid: multiples of 16 pixels, 6k+1 frames.",
+            search_aliases=["vae encode", "mochi encode", "video to latent", "video to video"],
             inputs=[
                 io.Vae.Input("vae", tooltip="From Mochi Video VAE Loader, with an encoder."),
                 io.Image.Input("image", optional=True, tooltip="Frames to encode: these or a video."),

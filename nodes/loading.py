@@ -30,6 +30,7 @@ class MochiVideoT5Loader(io.ComfyNode):
             display_name="Mochi Video T5 Loader",
             category=CATEGORY,
             description="Loads the text encoder that turns a prompt into what Mochi reads.",
+            search_aliases=["clip loader", "text encoder", "load t5"],
             inputs=[
                 io.Combo.Input(
                     "t5_name",
@@ -85,6 +86,7 @@ class MochiVideoDiTLoader(io.ComfyNode):
             display_name="Mochi Video DiT Loader",
             category=CATEGORY,
             description="Loads the diffusion transformer that makes the video's latents.",
+            search_aliases=["unet loader", "load diffusion model", "load checkpoint", "mochi model loader"],
             inputs=[
                 io.Combo.Input(
                     "dit_name",
@@ -141,6 +143,7 @@ class MochiVideoVAELoader(io.ComfyNode):
             display_name="Mochi Video VAE Loader",
             category=CATEGORY,
             description="Loads the VAE that turns latents into frames, and frames into latents.",
+            search_aliases=["load vae", "mochi vae loader"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",

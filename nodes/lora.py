@@ -42,6 +42,7 @@ class MochiVideoLoraLoader(io.ComfyNode):
             category=CATEGORY,
             description="Adds a LoRA to the model at the strength it was trained for, times yours. Works on every "
             "weight format; chain several in any order.",
+            search_aliases=["load lora", "lora model only"],
             inputs=[
                 _model_input(),
                 _name_input("lora_name", _host.file_names(FOLDERS)),
@@ -77,6 +78,7 @@ class MochiVideoLoraStack(io.ComfyNode):
             display_name="Mochi Video LoRA Stack",
             category=CATEGORY,
             description=f"Adds up to {STACKED} LoRAs to the model, each at its strength; their order does not matter.",
+            search_aliases=["multi lora", "several loras"],
             inputs=inputs,
             outputs=[io.Model.Output(tooltip="The model with the LoRAs.")],
         )

@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
-import comfy.supported_models
 import torch
 
 from mochi_core.attention.joint import PlainJointAttention
@@ -17,7 +15,6 @@ from mochi_core.config import DiTConfig
 from mochi_core.dit import AsymmDiT
 from mochi_core.dit.block import AsymmetricJointBlock
 from mochi_core.errors import ConditioningError, MemoryBudgetError
-from mochi_core.latents import MOCHI_1_STATISTICS, LatentStatistics
 from mochi_core.memory.need import BUSY_TOKENS, FEWEST_TOKENS, dit_activations
 from mochi_core.shapes import LatentSize
 from mochi_core.weights.build import open_dit
@@ -26,6 +23,7 @@ from mochi_core.weights.lora import attached, branches
 
 from . import _host
 from ._memory import asked, gigabytes, video_of
+from .native_latents import MochiSupported
 from .native_weights import (
     describe_scales,
     fill_native,
@@ -160,27 +158,6 @@ class NativeDiT(AsymmDiT):
         )  # fmt: skip
 
 
-class MochiLatents(comfy.latent_formats.Mochi):
-    """The host's Mochi latents with the statistics of a checkpoint."""
-
-    def __init__(self, statistics: LatentStatistics):
-        super().__init__()
-        if statistics != MOCHI_1_STATISTICS:
-            self.latents_mean = torch.tensor(statistics.mean).view(1, -1, 1, 1, 1)
-            self.latents_std = torch.tensor(statistics.std).view(1, -1, 1, 1, 1)
-            # Colours of the released model's latents say nothing about another VAE's.
-            self.latent_rgb_factors = None
-            self.latent_rgb_factors_bias = None
-
-
-class MochiSupported(comfy.supported_models.GenmoMochi):
-    """The host's description of a model: ours, with its own latents."""
-
-    def __init__(self, config: DiTConfig, statistics: LatentStatistics):
-        super().__init__({"image_model": "mochi_preview", "config": config})
-        self.latent_format = MochiLatents(statistics)
-
-
 class MochiModel(comfy.model_base.GenmoMochi):
     """The host's base model around `NativeDiT`. Being a `GenmoMochi`, it has the official LoRA key map."""
 
@@ -253,7 +230,7 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str
 
     file = open_dit(path)
     weights = wanted(file.entries, dtype)
-    supported = MochiSupported(file.config, file.statistics)
+    supported = MochiSupported(file)
     describe_scales(supported, weights)
     stored = weight_dtype(weights)
     if is_mixed(weights) and stored not in FLOAT8.values() and not has_scales(weights):

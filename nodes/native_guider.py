@@ -13,7 +13,9 @@ from mochi_core.sampling.schedule import SigmaSchedule, from_levels
 from mochi_core.shapes import LatentSize
 
 from . import _host
+from ._runs import RUNS, Run, Steps
 from .native_dit import MochiModel, check_features, described_run
+from .native_events import bar_moved, previewed
 
 
 class MochiGuider(comfy.samplers.CFGGuider):
@@ -40,17 +42,35 @@ class MochiGuider(comfy.samplers.CFGGuider):
         return constant(self.cfg, steps)
 
     def sample(
-        self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *rest, **named
+        self,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        callback: Any = None,
+        *rest: Any,
+        **named: Any,
     ):
-        """The host's run, refused before anything loads when schedules or latents are wrong."""
+        """The host's run, refused before anything loads when schedules or latents are wrong; the page sees it move."""
         schedule = from_levels(sigmas.tolist())
         self.scales = self.scales_for(schedule.steps)
         require_finite(latent_image, "The latents to start from")
         if isinstance(self.model_patcher.model, MochiModel) and latent_image.ndim == 5:
             _host.log.info("%s", described_run(self.model_patcher, latent_image.shape, schedule.steps))
-        samples = super().sample(noise, latent_image, sampler, sigmas, *rest, **named)
+        steps = Steps()
+        callback = steps.timed(previewed(callback, self.model_patcher.model.latent_format))
+        samples = super().sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)
         require_finite(samples, "The sampled latents")
+        self._remember(samples, steps)
         return samples
+
+    def _remember(self, samples: torch.Tensor, steps: Steps) -> None:
+        """How long a step took, for what the page says of the next run."""
+        model = self.model_patcher.model
+        if isinstance(model, MochiModel) and samples.ndim == 5 and steps.median is not None:
+            size = LatentSize(*samples.shape[2:])
+            RUNS.remember(Run(model.diffusion_model.config, size, len(samples), steps.median))
 
     def predict_noise(
         self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] = {}, seed: Any = None
@@ -84,7 +104,7 @@ def run(guider: MochiGuider, latent: dict[str, Any], schedule: SigmaSchedule, se
         comfy.samplers.sampler_object("euler"),
         _host.sigmas_tensor(schedule),
         denoise_mask=latent.get("noise_mask"),
-        callback=_host.sampler_callback(model, schedule.steps),
+        callback=bar_moved(),
         disable_pbar=not _host.progress_bars_enabled(),
         seed=seed,
     )

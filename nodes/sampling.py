@@ -43,6 +43,7 @@ class MochiVideoGuider(io.ComfyNode):
             display_name="Mochi Video Guider",
             category=CATEGORY,
             description="Guidance for SamplerCustomAdvanced, with a scale for each step if wanted.",
+            search_aliases=["cfg guider", "cfg schedule"],
             inputs=[
                 io.Model.Input("model", tooltip="From Mochi Video DiT Loader."),
                 io.Conditioning.Input("positive", tooltip="What to show."),
@@ -82,6 +83,7 @@ class MochiVideoSampler(io.ComfyNode):
             category=CATEGORY,
             description="Makes the video's latents as Mochi 1 was released to do: Euler in float32 along its own "
             "schedule.",
+            search_aliases=["ksampler", "mochi sampler", "denoise", "text to video"],
             inputs=[
                 io.Model.Input("model", tooltip="From Mochi Video DiT Loader."),
                 io.Conditioning.Input("positive", tooltip="What to show."),

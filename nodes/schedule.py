@@ -31,6 +31,7 @@ class MochiVideoSigmas(io.ComfyNode):
             display_name="Mochi Video Sigmas",
             category="Mochi Video/sampling",
             description="The noise levels that Mochi was released with: they creep at first, then fall.",
+            search_aliases=["scheduler", "linear quadratic", "fastmochi", "noise schedule"],
             inputs=[
                 io.Combo.Input(
                     "preset",

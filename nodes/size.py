@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from mochi_core.config import MOCHI_1
+from mochi_core.dit.flops import visual_tokens
 from mochi_core.errors import ShapeError
 from mochi_core.shapes import RELEASED_FPS, VideoSize, frames_for_seconds
 
@@ -37,6 +38,7 @@ class MochiVideoSize(io.ComfyNode):
             display_name="Mochi Video Size",
             category="Mochi Video/latent",
             description="Empty latents of the video's size. Width and height are multiples of 16, frames are 6k+1.",
+            search_aliases=["empty latent", "resolution", "empty mochi latent video", "duration"],
             inputs=[
                 io.Combo.Input(
                     "preset",
@@ -88,7 +90,6 @@ class MochiVideoSize(io.ComfyNode):
     ) -> io.NodeOutput:
         size = chosen_size(preset, width, height, frames, seconds)
         latent = size.latent
-        tokens = latent.frames * latent.height * latent.width // MOCHI_1.dit.patch_size**2
         _host.log.info(
             "%dx%d, %d frames: %.1f s at %d frames a second, %d visual tokens",
             size.width,
@@ -96,7 +97,7 @@ class MochiVideoSize(io.ComfyNode):
             size.frames,
             size.frames / RELEASED_FPS,
             RELEASED_FPS,
-            tokens,
+            visual_tokens(MOCHI_1.dit, latent),
         )
         shape = (batch_size, MOCHI_1.dit.latent_channels, latent.frames, latent.height, latent.width)
         return io.NodeOutput({"samples": torch.zeros(shape, device=_host.intermediate_device())}, size.frames)

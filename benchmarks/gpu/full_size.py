@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import harness, peers
-from benchmarks.flops import attention_flops, dit_flops
+from mochi_core.dit.flops import attention_flops, dit_flops
 from benchmarks.gpu.session import DTYPE, Facts, Session, default_output, free, hardware, on_device
 from mochi_core.attention.joint import PlainJointAttention
 from mochi_core.attention.kernels import KERNELS, get_kernel

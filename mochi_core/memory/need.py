@@ -12,6 +12,7 @@ Shapes: `B` batch, `N` visual tokens, `L` text tokens, `C` channels.
 import torch
 
 from ..config import DiTConfig, TextConfig
+from ..dit.flops import visual_tokens
 from ..shapes import LatentSize
 
 # Matrix products of so many rows are large ones. On a CPU chunks of a quarter of it cost nothing (docs/memory.md).
@@ -37,7 +38,7 @@ def dit_activations(
     which never holds all scores, and gradients are off.
     """
     value, wide = dtype.itemsize, max(dtype.itemsize, 4)
-    dim, tokens = config.visual_dim, _visual_tokens(config, size)
+    dim, tokens = config.visual_dim, visual_tokens(config, size)
     visual, text = batch * tokens * dim * value, batch * text_tokens * dim * value
     joined = visual + text
     text_stream = batch * text_tokens * config.text_dim * value
@@ -103,7 +104,3 @@ def t5_activations(
     )
     inputs = 2 * batch * tokens * 8
     return inputs + mask + max(moments)
-
-
-def _visual_tokens(config: DiTConfig, size: LatentSize) -> int:
-    return size.frames * (size.height // config.patch_size) * (size.width // config.patch_size)

@@ -1,5 +1,6 @@
 """Networks from files: the architecture from metadata or shapes, built on meta, filled with mapped tensors."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from ..config import DiTConfig, TextConfig, VAEConfig
 from ..dit import AsymmDiT
 from ..errors import WeightsError
 from ..latents import LatentStatistics
+from ..preview import LatentColours
 from ..text.t5 import empty_t5
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from ..vae import Decoder, Encoder
 from . import architecture, formats, layouts
 from .checkpoint import Checkpoint, check_floating, check_names, fill, listing
 from .formats import Entry
+
+log = logging.getLogger(__name__)
 
 # The T5's embedding has two names in transformers; files hold the first, or both.
 T5_SECOND_NAME = "encoder.embed_tokens.weight"
@@ -39,11 +43,15 @@ Entries = dict[str, Entry]
 
 @dataclass(frozen=True)
 class DiTFile:
-    """What a file says of a DiT. `entries` are its weights in our names, each of them checked, none read."""
+    """What a file says of a DiT. `entries` are its weights in our names, each of them checked, none read.
+
+    `colours` are those of its latents, for previews, when the file has them.
+    """
 
     path: str
     config: DiTConfig
     statistics: LatentStatistics
+    colours: LatentColours | None
     entries: Entries
 
 
@@ -76,7 +84,8 @@ def open_dit(path: str | Path) -> DiTFile:
     checkpoint = Checkpoint(path)
     entries = layouts.read(checkpoint, layouts.find(checkpoint, layouts.DIT))
     config = checked_dit(checkpoint, entries)
-    return DiTFile(str(path), config, _statistics(checkpoint, config.latent_channels), entries)
+    channels = config.latent_channels
+    return DiTFile(str(path), config, _statistics(checkpoint, channels), _colours(checkpoint, channels), entries)
 
 
 def checked_dit(checkpoint: Checkpoint, entries: Entries) -> DiTConfig:
@@ -293,3 +302,13 @@ def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics:
             "Get the file again",
         )
     return statistics
+
+
+def _colours(checkpoint: Checkpoint, channels: int) -> LatentColours | None:
+    """The colours of the file's latents, if it has any of `channels` channels; previews alone depend on them."""
+    try:
+        colours = LatentColours.from_metadata(checkpoint.metadata)
+    except WeightsError as error:
+        log.warning("%s: %s", checkpoint.path, error)
+        return None
+    return colours if colours is not None and len(colours.factors) == channels else None

@@ -38,7 +38,7 @@ def our_nodes(host: RunningHost) -> dict[str, Any]:
     """Our nodes' descriptions, without the files that other tests put into the host's folders."""
     found = {name: info for name, info in host.get("/object_info").items() if name.startswith("MochiVideo")}
     for info in found.values():
-        for _, more in (one for group in info["input"].values() for one in group.values()):
+        for _, more in (one for group in ("required", "optional") for one in info["input"].get(group, {}).values()):
             if "options" in more:
                 more["options"] = [option for option in more["options"] if not option.endswith(FILES)]
     return {name: {key: found[name][key] for key in KEPT} for name in sorted(found)}

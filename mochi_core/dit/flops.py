@@ -3,7 +3,13 @@
 Norms, gates and rotations are not counted. Shapes: `N` visual tokens, `L` valid text tokens.
 """
 
-from mochi_core.config import DiTConfig
+from ..config import DiTConfig
+from ..shapes import LatentSize
+
+
+def visual_tokens(config: DiTConfig, size: LatentSize) -> int:
+    """How many tokens a clip of this size is to the transformer."""
+    return size.frames * (size.height // config.patch_size) * (size.width // config.patch_size)
 
 
 def attention_flops(config: DiTConfig, tokens: int) -> int:

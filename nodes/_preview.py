@@ -1,0 +1,82 @@
+"""A moving preview: the pictures of a clip in one JPEG, row by row, for the page to play."""
+
+import base64
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mochi_core.errors import MochiError
+from mochi_core.preview import LatentColours
+from mochi_core.shapes import FRAMES_PER_LATENT, RELEASED_FPS
+
+# Pages get a preview no more often, and none larger: a strip of the released size is about 100 KB.
+SECONDS_BETWEEN = 0.5
+MOST_PICTURES = 64
+LONGEST_SIDE = 160
+QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Strip:
+    """`count` pictures of `width` x `height`, `columns` in a row; `fps` plays them as fast as the video will run."""
+
+    image: str
+    count: int
+    columns: int
+    width: int
+    height: int
+    fps: float
+
+
+def strip(pictures: torch.Tensor) -> Strip:
+    """`T H W 3` uint8, one for each latent frame."""
+    taken = pictures[:: math.ceil(len(pictures) / MOST_PICTURES)]
+    height, width = taken.shape[1:3]
+    scale = min(1, LONGEST_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    columns = math.ceil(math.sqrt(len(taken)))
+    sheet = Image.new("RGB", (columns * size[0], math.ceil(len(taken) / columns) * size[1]))
+    for index, picture in enumerate(taken.numpy()):
+        row, column = divmod(index, columns)
+        sheet.paste(Image.fromarray(picture).resize(size), (column * size[0], row * size[1]))
+    content = io.BytesIO()
+    sheet.save(content, "JPEG", quality=QUALITY)
+    fps = RELEASED_FPS / FRAMES_PER_LATENT * len(taken) / len(pictures)
+    image = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    return Strip(image, len(taken), columns, *size, fps)
+
+
+def with_previews(
+    callback: Callable[..., None] | None,
+    colours: LatentColours | None,
+    send: Callable[[dict[str, Any]], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[..., None]:
+    """The host's callback after each step, followed by a preview of the first clip.
+
+    `send` gets the strip with the `step` and how many `steps` there are: at most one each `SECONDS_BETWEEN`, and the
+    last. With nobody who knows the colours there are none.
+    """
+    sent = -math.inf
+
+    def after_step(step: int, denoised: torch.Tensor, latents: torch.Tensor, steps: int, *rest: Any) -> None:
+        nonlocal sent
+        if callback is not None:
+            callback(step, denoised, latents, steps, *rest)
+        due = clock() - sent >= SECONDS_BETWEEN or step + 1 == steps
+        if colours is None or denoised is None or denoised.ndim != 5 or not due:
+            return
+        try:
+            pictures = colours.pictures(denoised[0])
+        except MochiError:  # latents of another model: the run itself will say so
+            return
+        send({"step": step + 1, "steps": steps, **asdict(strip(pictures))})
+        sent = clock()
+
+    return after_step

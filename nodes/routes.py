@@ -1,0 +1,79 @@
+"""What the page may ask the host about our nodes."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+from aiohttp import web
+
+from mochi_core.errors import MochiError, ShapeError
+from mochi_core.memory.plan import Networks
+from mochi_core.shapes import VideoSize
+from mochi_core.weights.build import TINY_DIT, TINY_NAME
+
+from . import _host
+from ._cost import cost, networks_of
+from .loading import DIT_FOLDERS
+from .native_dit import MEMORY
+
+COST = "/mochi_video/cost"
+LARGEST_BATCH = 64
+
+
+def add_routes(routes: Any) -> None:
+    """Adds ours to the host's route table."""
+    routes.get(COST)(cost_of_request)
+
+
+async def cost_of_request(request: web.Request) -> web.Response:
+    """What a size costs: `width`, `height`, `frames`, and if wanted `batch_size`, `dit_name`, `memory`.
+
+    Answers with a `Cost` as JSON, or 400 and what is wrong with the question.
+    """
+    try:
+        # In a thread: the first question about a file reads its header and builds its network.
+        answer = await asyncio.get_running_loop().run_in_executor(None, answered, request.query)
+    except MochiError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    return web.json_response(answer)
+
+
+def answered(query: Mapping[str, str]) -> dict[str, Any]:
+    """Raises `MochiError` kinds on a question that cannot be answered."""
+    size = VideoSize(*(_whole(query, name) for name in ("width", "height", "frames")))
+    batch = _whole(query, "batch_size", 1)
+    if not 1 <= batch <= LARGEST_BATCH:
+        raise ShapeError(f"batch_size is {batch}", f"it must be from 1 to {LARGEST_BATCH}", "Use 1")
+    memory = query.get("memory", MEMORY[0])
+    valid = _host.valid_choices(memory=(memory, MEMORY))
+    if valid is not True:
+        raise MochiError(f"memory is {memory!r}", f"it must be one of {', '.join(MEMORY)}", "Choose one of them")
+    name = query.get("dit_name", "")
+    device, available = _host.sampling_device(), _host.usable_memory(_host.sampling_device())
+    found = cost(_networks(*_file(name)), size, device, available, batch=batch, memory=memory)
+    return {**asdict(found), "dit_known": bool(_file(name)[0])}
+
+
+def _whole(query: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = query.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise ShapeError(f"{name} is {text!r}", "it must be a whole number", "Send it in the query")
+    return int(text)
+
+
+def _file(name: str) -> tuple[str | None, str]:
+    """Where the DiT called `name` lies, and a stamp that changes with it; None when there is no such file here."""
+    if name == TINY_NAME:
+        return str(TINY_DIT), ""
+    if name in _host.file_names(DIT_FOLDERS):
+        return _host.model_path(name, DIT_FOLDERS), _host.stamp([name], DIT_FOLDERS)
+    return None, ""
+
+
+@lru_cache(maxsize=4)
+def _networks(path: str | None, stamp: str) -> Networks:
+    return networks_of(path)
