@@ -6,4 +6,7 @@ register_core()
 
 from .nodes import comfy_entrypoint  # noqa: E402
 
-__all__ = ["comfy_entrypoint"]
+# What the host's page loads.
+WEB_DIRECTORY = "./js"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -1,0 +1,149 @@
+// Mochi Video in the page: panels below our nodes, messages, menu entries. What each does is in its own file.
+
+import { api } from '../../scripts/api.js'
+import { app } from '../../scripts/app.js'
+import { askAgain, CostLine } from './cost.js'
+import { asCurl, asPrompt, asPython, copyGraph } from './export.js'
+import { nodeOf, rootGraph } from './graph.js'
+import { chain } from './panel.js'
+import { Player } from './player.js'
+import { Preview } from './preview.js'
+import { keepToGrid } from './size.js'
+import { loadText, text } from './text.js'
+
+/** @typedef {import('./types/host.js').Node} Node */
+
+const WARNING_SECONDS = 12
+const PREFIX = 'MochiVideo'
+
+/** @type {WeakMap<Node, Preview>} */
+const previews = new WeakMap()
+/** @type {WeakMap<Node, Player>} */
+const players = new WeakMap()
+// What was decoded, by workflow and node: a graph is built anew when something is undone.
+/** @type {Map<string, unknown>} */
+const decoded = new Map()
+
+/** @param {string} name */
+const isOn = (name) => app.extensionManager.setting.get(`${PREFIX}.${name}`) !== false
+
+/** @type {Record<string, (node: Node) => void>} */
+const panels = {
+  MochiVideoSize(node) {
+    keepToGrid(node)
+    if (isOn('Cost')) new CostLine(node)
+  },
+  MochiVideoSampler(node) {
+    if (isOn('Cost')) new CostLine(node)
+    if (isOn('Preview')) previews.set(node, new Preview(node))
+  },
+  MochiVideoDecode(node) {
+    if (!isOn('Player')) return
+    const player = new Player(node)
+    players.set(node, player)
+    chain(node, 'onExecuted', (output) => {
+      if (output?.mochi_video) decoded.set(placeOf(node), output.mochi_video)
+      player.show(output?.mochi_video)
+    })
+  }
+}
+
+/** @param {Node} node */
+function placeOf(node) {
+  return `${rootGraph().id}/${node.graph?.id}/${node.id}`
+}
+
+/** @param {CustomEvent<any>} event */
+function onPreview({ detail }) {
+  const node = nodeOf(detail.node)
+  if (!node || !isOn('Preview')) return
+  // The host's own sampler shows one too, when our guider drives it.
+  const preview = previews.get(node) ?? new Preview(node)
+  previews.set(node, preview)
+  preview.show(detail)
+}
+
+/** @param {CustomEvent<any>} event */
+function onWarning({ detail }) {
+  if (!isOn('Warnings')) return
+  const title = nodeOf(detail.node)?.title
+  app.extensionManager.toast.add({
+    severity: 'warn',
+    summary: title ? `${text('warning')}: ${title}` : text('warning'),
+    detail: String(detail.text),
+    life: WARNING_SECONDS * 1000
+  })
+}
+
+/**
+ * Messages with the host's own names are typed; ours are not.
+ * @param {string} name
+ * @param {(event: CustomEvent<any>) => void} listener
+ */
+function listen(name, listener) {
+  api.addEventListener(/** @type {any} */ (name), /** @type {any} */ (listener))
+}
+
+const commands = [
+  { name: 'CopyPrompt', label: 'Copy as API prompt', icon: 'pi pi-copy', write: asPrompt },
+  { name: 'CopyCurl', label: 'Copy as curl command', icon: 'pi pi-code', write: asCurl },
+  { name: 'CopyPython', label: 'Copy as Python script', icon: 'pi pi-file', write: asPython }
+]
+
+/** Menu entries of the canvas; the host has no names in other languages for these. */
+function entries() {
+  const options = commands.map(({ name, write }) => ({ content: text(name), callback: () => void copyGraph(write) }))
+  return [null, { content: text('warning'), has_submenu: true, submenu: { options } }]
+}
+
+/**
+ * @param {string} name
+ * @param {string} label
+ * @param {string} tooltip
+ */
+function setting(name, label, tooltip) {
+  const category = ['Mochi Video', 'Nodes', name]
+  return { id: /** @type {any} */ (`${PREFIX}.${name}`), name: label, type: /** @type {'boolean'} */ ('boolean'), defaultValue: true, tooltip, category }
+}
+
+app.registerExtension({
+  name: PREFIX,
+  settings: [
+    setting('Preview', 'Moving preview while sampling', 'Show the whole clip on the sampler while it is made.'),
+    setting('Cost', 'Cost line on size and sampler', 'Show tokens, memory and time under the size.'),
+    setting('Player', 'Player on the decode node', 'Play and step through the video on the node that decoded it.'),
+    setting('Warnings', 'Warnings as messages', 'Show what the nodes warn of, such as a prompt that was cut.')
+  ],
+  commands: commands.map(({ name, label, icon, write }) => ({
+    id: `${PREFIX}.${name}`,
+    label,
+    icon,
+    function: () => copyGraph(write)
+  })),
+  menuCommands: [{ path: ['Mochi Video'], commands: commands.map(({ name }) => `${PREFIX}.${name}`) }],
+  getCanvasMenuItems: entries,
+  getNodeMenuItems: (node) => (String(node.type).startsWith(PREFIX) ? entries() : []),
+
+  async init() {
+    const style = document.createElement('link')
+    style.rel = 'stylesheet'
+    style.href = new URL('./style.css', import.meta.url).href
+    document.head.append(style)
+    await loadText()
+  },
+
+  setup() {
+    listen('mochi_video.preview', onPreview)
+    listen('mochi_video.warning', onWarning)
+    listen('execution_success', askAgain)
+  },
+
+  nodeCreated(node) {
+    panels[String(node.comfyClass ?? node.type)]?.(/** @type {Node} */ (node))
+  },
+
+  loadedGraphNode(node) {
+    const clips = decoded.get(placeOf(/** @type {Node} */ (node)))
+    if (clips) players.get(/** @type {Node} */ (node))?.show(clips)
+  }
+})
