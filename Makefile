@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # a stamp for each ComfyUI that was set up
 HOST_READY := .venv/ready$(subst /,-,$(COMFYUI_PATH))
 
-.PHONY: setup demo test shows lint clean
+.PHONY: setup demo test shows lint types pictures clean
 
 setup: $(HOST_READY)
 
@@ -19,17 +19,36 @@ $(HOST_READY): .venv/ready-core requirements.txt scripts/comfyui.py
 	$(PIP) -r "$$($(BIN)/python scripts/comfyui.py)/requirements.txt" -r requirements.txt requests torchsde
 	touch $@
 
+# what checks the types of js/: nothing of it runs in the page
+node_modules/.package-lock.json: package.json .venv/ready-core
+	$(BIN)/npm install --no-package-lock --no-audit --no-fund --silent
+	touch $@
+
+# for the browser tests and the pictures: Debian's Chromium, unless there is a browser
+.venv/ready-browser: .venv/ready-core
+	test -n "$$CHROMIUM" || command -v chromium chromium-browser google-chrome \
+		|| (apt-get update -qq && apt-get install -y -qq chromium) \
+		|| echo "There is no Chromium, and this user cannot install it: set CHROMIUM to a browser" >&2
+	touch $@
+
 demo: setup
 	$(BIN)/python scripts/demo.py
 
-lint: setup
+types: node_modules/.package-lock.json
+	$(BIN)/npm run --silent types
+
+lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: lint
+test: lint .venv/ready-browser
 	$(BIN)/pytest tests --import-mode=importlib
+
+# the pictures of the docs, the node help and the workflows, from the real page
+pictures: setup .venv/ready-browser
+	$(BIN)/python scripts/pictures.py
 
 # slow demonstrations; the tests have a shorter form of each
 shows: setup
@@ -37,4 +56,4 @@ shows: setup
 	$(BIN)/python benchmarks/streaming_plan.py --output output/shows/streaming_plan.json
 
 clean:
-	rm -rf .venv .cache output
+	rm -rf .venv .cache node_modules output

@@ -105,7 +105,8 @@ function offer(content) {
   dialog.addEventListener('close', () => dialog.remove())
   // What is typed here is not for the canvas.
   dialog.addEventListener('keydown', (event) => event.stopPropagation())
-  document.body.append(dialog)
+  // Beside the canvas, of which it is a part.
+  app.canvasEl.parentElement?.append(dialog)
   dialog.showModal()
   area.select()
 }

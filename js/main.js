@@ -5,7 +5,7 @@ import { app } from '../../scripts/app.js'
 import { askAgain, CostLine } from './cost.js'
 import { asCurl, asPrompt, asPython, copyGraph } from './export.js'
 import { nodeOf, rootGraph } from './graph.js'
-import { chain } from './panel.js'
+import { chain, element } from './panel.js'
 import { Player } from './player.js'
 import { Preview } from './preview.js'
 import { keepToGrid } from './size.js'
@@ -124,15 +124,11 @@ app.registerExtension({
   getCanvasMenuItems: entries,
   getNodeMenuItems: (node) => (String(node.type).startsWith(PREFIX) ? entries() : []),
 
-  async init() {
-    const style = document.createElement('link')
-    style.rel = 'stylesheet'
-    style.href = new URL('./style.css', import.meta.url).href
-    document.head.append(style)
-    await loadText()
-  },
+  init: loadText,
 
   setup() {
+    const style = element('link', { rel: 'stylesheet', href: new URL('./style.css', import.meta.url).href })
+    app.canvasEl.parentElement?.append(style)
     listen('mochi_video.preview', onPreview)
     listen('mochi_video.warning', onWarning)
     listen('execution_success', askAgain)

@@ -41,13 +41,13 @@ export class Player {
     this.frame = 0
     this.video = element('video', { playsinline: '', preload: 'auto', tabindex: '-1' })
     this.video.muted = true
-    this.video.loop = true
+    this.loops = true
     this.first = this.button('firstFrame', 'pi-step-backward', () => this.seek(0))
     this.previous = this.button('previousFrame', 'pi-angle-left', () => this.seek(this.frame - 1))
     this.toggle = this.button('play', 'pi-play', () => this.playOrPause())
     this.next = this.button('nextFrame', 'pi-angle-right', () => this.seek(this.frame + 1))
     this.last = this.button('lastFrame', 'pi-step-forward', () => this.seek(this.count - 1))
-    this.repeat = this.button('loop', 'pi-refresh', () => this.setLoop(!this.video.loop))
+    this.repeat = this.button('loop', 'pi-refresh', () => this.setLoop(!this.loops))
     this.download = element('a', { class: 'mochi-video-button', download: '' }, icon('pi-download'))
     this.position = element('input', { type: 'range', min: '0', step: '1', value: '0' })
     this.which = element('select', { hidden: '' })
@@ -149,6 +149,7 @@ export class Player {
   }
 
   play() {
+    this.video.loop = this.loops
     // A browser may refuse to begin by itself; the button is there then.
     this.video.play().catch(() => this.showState())
   }
@@ -166,6 +167,8 @@ export class Player {
   seek(frame) {
     if (!this.clip) return
     this.video.pause()
+    // A video that loops goes on to the first frame when it is set to the last.
+    this.video.loop = false
     this.frame = Math.min(this.count - 1, Math.max(0, frame))
     this.video.currentTime = (this.frame + 0.5) / this.clip.fps
     this.showNumber()
@@ -173,7 +176,8 @@ export class Player {
 
   /** @param {boolean} loops */
   setLoop(loops) {
-    this.video.loop = loops
+    this.loops = loops
+    this.video.loop = loops && !this.video.paused
     this.repeat.setAttribute('aria-pressed', String(loops))
   }
 
@@ -190,7 +194,7 @@ export class Player {
       Home: () => this.seek(0),
       End: () => this.seek(this.count - 1),
       k: () => this.playOrPause(),
-      l: () => this.setLoop(!this.video.loop)
+      l: () => this.setLoop(!this.loops)
     }
     // A focused button or list has its own meaning for the space bar.
     if (!onControl) actions[' '] = () => this.playOrPause()

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ._replacements import register
 from .conditioning import MochiVideoTextEncode
 from .decoding import MochiVideoDecode, MochiVideoEncode
 from .loading import MochiVideoDiTLoader, MochiVideoT5Loader, MochiVideoVAELoader
@@ -31,6 +32,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class MochiVideoExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        await register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 

@@ -62,6 +62,11 @@ def known_arguments(function: Callable[..., Any], **arguments: Any) -> dict[str,
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
+def newer(module: Any, name: str, otherwise: Any) -> Any:
+    """What newer hosts have in `module` under `name`, and `otherwise` where this host has no such thing."""
+    return getattr(module, name, otherwise)
+
+
 def valid_choices(**choices: tuple[str | None, Iterable[str]]) -> bool | str:
     """A node's answer to `validate_inputs`: true, or what is wrong with a value that is not among its options.
 
@@ -202,7 +207,7 @@ def stamp(names: Iterable[str | None], folders: Sequence[str]) -> str:
 
 def patcher(model: torch.nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
     """The host's patcher, which moves, streams and patches the model's weights."""
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    kind = newer(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(model, load_device=load_device, offload_device=offload_device)
 
 
@@ -250,13 +255,13 @@ def free_memory(patcher: Any, device: torch.device) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this says that the device has no memory left."""
-    known = getattr(comfy.model_management, "is_oom", None)
+    known = newer(comfy.model_management, "is_oom", None)
     return known(error) if known else isinstance(error, comfy.model_management.OOM_EXCEPTION)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device the current one, where the host may use several."""
-    return getattr(comfy.model_management, "cuda_device_context", lambda device: nullcontext())(device)
+    return newer(comfy.model_management, "cuda_device_context", lambda device: nullcontext())(device)
 
 
 def empty_cache() -> None:

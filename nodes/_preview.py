@@ -15,7 +15,7 @@ from mochi_core.errors import MochiError
 from mochi_core.preview import LatentColours
 from mochi_core.shapes import FRAMES_PER_LATENT, RELEASED_FPS
 
-# Pages get a preview no more often, and none larger: a strip of the released size is about 100 KB.
+# Pages get a preview no more often, and none larger: of the released size, noise makes 340,000 characters.
 SECONDS_BETWEEN = 0.5
 MOST_PICTURES = 64
 LONGEST_SIDE = 160
@@ -46,7 +46,8 @@ def strip(pictures: torch.Tensor) -> Strip:
         row, column = divmod(index, columns)
         sheet.paste(Image.fromarray(picture).resize(size), (column * size[0], row * size[1]))
     content = io.BytesIO()
-    sheet.save(content, "JPEG", quality=QUALITY)
+    # All of its colours: a picture may have no more than 8 pixels a side.
+    sheet.save(content, "JPEG", quality=QUALITY, subsampling=0)
     fps = RELEASED_FPS / FRAMES_PER_LATENT * len(taken) / len(pictures)
     image = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
     return Strip(image, len(taken), columns, *size, fps)

@@ -4,6 +4,7 @@ The host's tokenizer keeps its conventions ((word:1.2), embedding:name); ours ad
 token at all for the empty prompt.
 """
 
+import inspect
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -28,7 +29,7 @@ from .native_weights import fill_native, quantized_options, wanted, weight_dtype
 
 CLIP_NAME = "t5xxl"
 NULL_PROMPT = [(PAD_ID, 1.0)] * MAX_TOKENS
-HOST_TOKENIZER = Path(comfy.text_encoders.genmo.__file__).parent / "t5_tokenizer"
+HOST_TOKENIZER = Path(inspect.getfile(comfy.text_encoders.genmo)).parent / "t5_tokenizer"
 
 
 class _HuggingFaceFace:

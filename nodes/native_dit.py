@@ -245,7 +245,7 @@ def load_model(path: str, dtype: torch.dtype | None, attention: str, memory: str
     model = MochiModel(supported, memory)
     fill_native(model.diffusion_model, weights)
     # Newer hosts note each weight's dtype when a network is made, and cast to it; ours have theirs only now.
-    getattr(comfy.model_management, "archive_model_dtypes", lambda network: None)(model.diffusion_model)
+    _host.newer(comfy.model_management, "archive_model_dtypes", lambda network: None)(model.diffusion_model)
     for block in model.diffusion_model.blocks:
         block.attn.joint = PlainJointAttention(attention)
     model.diffusion_model.resident_bytes = 0 if memory == "streamed" else management.module_size(model.diffusion_model)

@@ -25,12 +25,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import harness, peers
-from mochi_core.dit.flops import attention_flops, dit_flops
 from benchmarks.gpu.session import DTYPE, Facts, Session, default_output, free, hardware, on_device
 from mochi_core.attention.joint import PlainJointAttention
 from mochi_core.attention.kernels import KERNELS, get_kernel
 from mochi_core.config import MOCHI_1, TINY
 from mochi_core.dit import AsymmDiT
+from mochi_core.dit.flops import attention_flops, dit_flops
 from mochi_core.sampling.guidance import Guidance
 from mochi_core.shapes import LatentSize, VideoSize
 from mochi_core.text.conditioning import TextConditioning

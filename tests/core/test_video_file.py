@@ -52,3 +52,10 @@ def test_no_frame(tmp_path):
     with pytest.raises(MochiError, match="The video has no frame"):
         write_mp4(tmp_path / "video.mp4", iter(()))
     assert not list(tmp_path.iterdir())
+
+
+def test_metadata_is_kept(tmp_path):
+    values = {"prompt": '{"text": "a \\"red\\" circle 🎈 圆"}', "workflow": "{}"}
+    write_mp4(tmp_path / "out.mp4", [torch.rand(2, 16, 16, 3)], metadata=values, preset="veryfast")
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        assert {name: video.metadata[name] for name in values} == values

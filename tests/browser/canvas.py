@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from scripts import comfyui
@@ -34,6 +35,8 @@ NOT_OURS = (
     "firebase",
     "GetTranscript",
 )
+WORKFLOWS = comfyui.REPO / "workflows"
+TINY = WORKFLOWS / "text_to_video_tiny.json"
 SHOTS = comfyui.REPO / ".cache" / "shots"
 
 
@@ -163,6 +166,21 @@ class Canvas:
             "window.app.graph._nodes.filter((n) => !window.LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
         )
 
+    def changed(self) -> None:
+        """Tells the page that an edit is done, as letting go of the mouse does: from here it can be undone."""
+        self.page.evaluate("window.app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+        self.page.wait_for_timeout(800)  # it keeps drafts for a reload a little later
+
+    def command(self, name: str) -> None:
+        self.page.evaluate("name => window.app.extensionManager.command.execute(name)", name)
+
+    def wait_for_value(self, kind: str, widget: str, value: Any) -> None:
+        self.page.wait_for_function(
+            """([kind, name, value]) => window.app.graph._nodes.find((node) => node.type === kind)
+                ?.widgets.find((widget) => widget.name === name).value === value""",
+            arg=[kind, widget, value],
+        )
+
     # Running
 
     def run(self, timeout: float = SECONDS * 2) -> None:
@@ -171,15 +189,43 @@ class Canvas:
         self.wait_for_end(timeout)
 
     def queue(self) -> None:
+        self.note_end()
+        self.page.evaluate("() => { window.app.queuePrompt(0) }")
+
+    def note_end(self) -> None:
+        """From here the page remembers how a run ended and how far it had come."""
         self.page.evaluate(
             """() => {
                 window.mochiEnd = undefined
+                window.mochiProgress = 0
                 for (const name of ['execution_success', 'execution_error', 'execution_interrupted']) {
                     window.app.api.addEventListener(name, (event) => { window.mochiEnd = [name, event.detail] })
                 }
-                window.app.queuePrompt(0)
+                window.app.api.addEventListener('progress', ({ detail }) => { window.mochiProgress = detail.value })
             }"""
         )
+
+    def progress(self) -> float:
+        """Steps that the page was told of."""
+        return self.page.evaluate("window.mochiProgress")
+
+    @contextmanager
+    def saved(self) -> Iterator[list[Path]]:
+        """The videos that the block adds to the host's output folder."""
+        with self._new_files(self.host.output) as files:
+            yield files
+
+    @contextmanager
+    def decoded(self) -> Iterator[list[Path]]:
+        """The files that the block gives to the player."""
+        with self._new_files(self.host.base / "temp") as files:
+            yield files
+
+    @contextmanager
+    def _new_files(self, folder: Path) -> Iterator[list[Path]]:
+        before, files = set(folder.rglob("*.mp4")), list[Path]()
+        yield files
+        files += sorted(set(folder.rglob("*.mp4")) - before)
 
     def wait_for_end(self, timeout: float = SECONDS * 2) -> None:
         self.page.wait_for_function("window.mochiEnd !== undefined", timeout=timeout * 1000)
@@ -188,6 +234,11 @@ class Canvas:
         self.page.wait_for_timeout(300)
 
     # Looking
+
+    @staticmethod
+    def pixels(values: list[int], side: int = 64) -> np.ndarray:
+        """What a page read of a square picture, as `H W 3`."""
+        return np.array(values).reshape(side, side, 4)[..., :3]
 
     def look_at(self, kinds: list[str] | None = None, scale: float | None = None) -> None:
         """Moves the view to nodes of these types, or to the whole graph."""
@@ -198,7 +249,8 @@ class Canvas:
                 const edges = [...nodes.map((node) => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30])]
                 if (!kinds) edges.push(...graph._groups.map((one) => [...one.pos, ...one.size]))
                 const left = Math.min(...edges.map((e) => e[0])), top = Math.min(...edges.map((e) => e[1]))
-                const right = Math.max(...edges.map((e) => e[0] + e[2])), bottom = Math.max(...edges.map((e) => e[1] + e[3]))
+                const right = Math.max(...edges.map((e) => e[0] + e[2]))
+                const bottom = Math.max(...edges.map((e) => e[1] + e[3]))
                 const [width, height] = [canvas.canvas.clientWidth - 160, canvas.canvas.clientHeight - 160]
                 const scale = fixed ?? Math.min(width / (right - left), height / (bottom - top), 1.5)
                 canvas.ds.scale = scale

@@ -1,0 +1,117 @@
+"""Run inside a ComfyUI's own process by test_page.py: what is made for the page, without a page. Prints JSON."""
+
+import base64
+import io
+import json
+import logging
+import types
+
+import torch
+from inside import of_the_pack
+from PIL import Image
+
+from mochi_core.config import MOCHI_1, TINY
+from mochi_core.preview import LatentColours
+from mochi_core.shapes import LatentSize
+
+preview, runs, events = (of_the_pack(name) for name in ("_preview", "_runs", "native_events"))
+found = {}
+
+
+def opened(strip):
+    kind, content = strip.image.split(",", 1)
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def strips():
+    """Of the released size, of one picture, and of more pictures than are sent."""
+    sizes = {"released": (28, 60, 106), "single": (1, 8, 8), "longest": (257, 512, 256)}
+    for name, shape in sizes.items():
+        pictures = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        made = preview.strip(pictures)
+        sheet = opened(made)
+        yield (
+            name,
+            {
+                "count": made.count,
+                "picture": [made.width, made.height],
+                "fits": sheet.width == made.columns * made.width and made.columns**2 >= made.count,
+                "seconds": made.count / made.fps,
+                "characters": len(made.image),
+            },
+        )
+
+
+def colours_survive():
+    """Each picture lies where its number says."""
+    pictures = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
+    for index in range(5):
+        pictures[index] = torch.tensor([50 * index, 255 - 50 * index, 100])
+    made = preview.strip(pictures)
+    sheet = opened(made)
+    read = [sheet.getpixel((index % made.columns * 8 + 4, index // made.columns * 8 + 4)) for index in range(5)]
+    return max(abs(a - b) for index, pixel in enumerate(read) for a, b in zip(pixel, pictures[index, 0, 0].tolist()))
+
+
+def paced():
+    """Steps of an eighth of a second: which of them were sent."""
+    now, sent, called = [0.0], [], []
+    colours = LatentColours(tuple((1.0, 1.0, 1.0) for _ in range(12)))
+    after = preview.with_previews(lambda *step: called.append(step[0]), colours, sent.append, lambda: now[0])
+    for step in range(20):
+        after(step, torch.zeros(1, 12, 2, 8, 8), None, 20)
+        now[0] += 0.125
+    strangers = preview.with_previews(None, None, sent.append)
+    strangers(0, torch.zeros(1, 12, 2, 8, 8), None, 1)
+    preview.with_previews(None, colours, sent.append)(0, torch.zeros(1, 16, 2, 8, 8), None, 1)  # another model's
+    preview.with_previews(None, colours, sent.append)(0, torch.zeros(1, 12, 8, 8), None, 1)  # a picture's
+    return {"sent": [data["step"] for data in sent], "called": len(called), "steps": sent[0]["steps"]}
+
+
+def timed():
+    """The first step, which holds the loading, does not count."""
+    times = iter([0.0, 30.0, 31.0, 33.0, 34.0])
+    steps = runs.Steps(lambda: next(times))
+    after = steps.timed(lambda *_: None)
+    for index in range(4):
+        after(index)
+    memory = runs.Runs()
+    small, large = LatentSize(4, 8, 8), LatentSize(28, 60, 106)
+    nothing = memory.seconds_a_step(TINY.dit, small, 1)
+    memory.remember(runs.Run(TINY.dit, small, 1, steps.median))
+    return {
+        "median": steps.median,
+        "before": nothing,
+        "same": memory.seconds_a_step(TINY.dit, small, 1),
+        "pair": memory.seconds_a_step(TINY.dit, small, 2),
+        "larger": memory.seconds_a_step(TINY.dit, large, 1),
+        "other": memory.seconds_a_step(MOCHI_1.dit, large, 1),
+    }
+
+
+def warned():
+    """Warnings of ours reach the page that queued the prompt, cut; others, and without a page, nothing."""
+    import sys
+
+    from comfy_execution.utils import CurrentNodeContext
+
+    sent = []
+    server = types.SimpleNamespace(client_id="page", send_sync=lambda *message: sent.append(message))
+    sys.modules["server"] = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
+    events.send_warnings()
+    events.send_warnings()  # once is enough
+    log = logging.getLogger("mochi_core.text.conditioning")
+    log.warning("outside of a run")
+    with CurrentNodeContext("prompt", "12:5"):
+        log.info("not a warning")
+        log.warning("cut: %s", "x" * 5000)
+        logging.getLogger("another").warning("not ours")
+        server.client_id = None
+        log.warning("nobody asked")
+    return [(event, {**data, "text": len(data["text"])}, to) for event, data, to in sent]
+
+
+found |= {"strips": dict(strips()), "worst_colour": colours_survive(), "paced": paced(), "timed": timed()}
+found["warned"] = warned()
+print("FOUND" + json.dumps(found))  # noqa: T201
