@@ -142,7 +142,6 @@ export class Player {
     const address = api.apiURL(`/view?${query}`)
     this.video.src = address
     this.download.href = address
-    this.download.download = `mochi_video_${index + 1}.mp4`
     this.position.max = String(clip.frames - 1)
     this.showFrame(0)
     if (!matchMedia('(prefers-reduced-motion: reduce)').matches) this.play()

@@ -22,7 +22,7 @@ def written(frames: torch.Tensor, fps: float, folder: Path, metadata: dict[str, 
 
     Failing is a warning: the frames themselves go on.
     """
-    name = f"{uuid.uuid4().hex}.mp4"
+    name = f"mochi_video_{uuid.uuid4().hex[:12]}.mp4"
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         write_mp4(folder / FOLDER / name, frames.split(FRAMES_AT_ONCE), fps, preset="veryfast", metadata=metadata)

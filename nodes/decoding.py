@@ -9,7 +9,7 @@ from mochi_core.errors import ShapeError, WeightsError
 from mochi_core.latents import require_finite
 from mochi_core.shapes import PIXELS_PER_PATCH, RELEASED_FPS, whole_frames
 
-from . import _host
+from . import _checks, _host
 from ._player import written
 from ._tiles import MODES, check_tiles
 from .native_vae import MochiVAE
@@ -87,15 +87,26 @@ class MochiVideoDecode(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            # Newer hosts tell the page of the player's file again when nothing had to run.
+            has_intermediate_output=True,
         )
 
     @classmethod
     def validate_inputs(
-        cls, mode: str, tile_rows: int | None = None, tile_columns: int | None = None, tile_overlap: int | None = None
+        cls,
+        mode: str | None = None,
+        fps: float | None = None,
+        tile_rows: int | None = None,
+        tile_columns: int | None = None,
+        tile_overlap: int | None = None,
     ) -> bool | str:
-        tiles = (tile_rows, tile_columns, tile_overlap)
-        valid = _host.valid_choices(mode=(mode, MODES))
-        return _host.accepted_by(check_tiles, mode, *tiles) if valid is True else valid
+        tiles = {"tile_rows": tile_rows, "tile_columns": tile_columns, "tile_overlap": tile_overlap}
+        return (
+            _checks.not_among(mode=(mode, MODES))
+            or _checks.out_of_range(cls, fps=fps, **tiles)
+            or _checks.refused_by(check_tiles, mode, *tiles.values())
+            or True
+        )
 
     @classmethod
     def execute(
@@ -109,6 +120,8 @@ class MochiVideoDecode(io.ComfyNode):
         tile_overlap: int,
         player: bool = True,
     ) -> io.NodeOutput:
+        tiles = {"tile_rows": tile_rows, "tile_columns": tile_columns, "tile_overlap": tile_overlap}
+        _checks.at_run(cls, mode=mode, fps=fps, **tiles)
         samples = latent["samples"]
         require_finite(samples, "The latents to decode")
         options = {"mode": mode, "rows": tile_rows, "columns": tile_columns, "overlap": tile_overlap}

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from mochi_core.weights.build import TINY_DIT, TINY_NAME, TINY_T5, TINY_TOKENIZER, TINY_VAE
 
-from . import _host
+from . import _checks, _host, native_files
 from .native_clip import HOST_TOKENIZER, load_clip, tokenizer_beside
 from .native_dit import MEMORY, load_model
 from .native_vae import load_native_vae
@@ -34,7 +34,7 @@ class MochiVideoT5Loader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "t5_name",
-                    options=_host.model_names(T5_FOLDERS),
+                    options=native_files.model_names(T5_FOLDERS),
                     tooltip="A T5 v1.1 XXL encoder from models/text_encoders: safetensors, GGUF, a folder, or a "
                     f"checkpoint that has one. {TINY_NAME} comes with this pack.",
                 ),
@@ -42,7 +42,7 @@ class MochiVideoT5Loader(io.ComfyNode):
                 _host.advanced(
                     io.Combo.Input(
                         "tokenizer",
-                        options=[AUTO, TINY_NAME, *_host.tokenizer_names(T5_FOLDERS)],
+                        options=[AUTO, TINY_NAME, *native_files.tokenizer_names(T5_FOLDERS)],
                         default=AUTO,
                         optional=True,
                         tooltip="auto: the one in the T5's folder, else the host's own T5 tokenizer. Or a "
@@ -54,27 +54,31 @@ class MochiVideoT5Loader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, t5_name: str, dtype: str, tokenizer: str | None = AUTO) -> bool | str:
-        file = _host.valid_file("t5_name", t5_name, T5_FOLDERS)
-        if file is not True:
-            return file
-        tokenizers = (AUTO, TINY_NAME, *_host.tokenizer_names(T5_FOLDERS))
-        return _host.valid_choices(dtype=(dtype, _host.DTYPES), tokenizer=(tokenizer, tokenizers))
+    def validate_inputs(
+        cls, t5_name: str | None = None, dtype: str | None = None, tokenizer: str | None = AUTO
+    ) -> bool | str:
+        tokenizers = (AUTO, TINY_NAME, *native_files.tokenizer_names(T5_FOLDERS))
+        return (
+            native_files.no_such_file("t5_name", t5_name, T5_FOLDERS)
+            or _checks.not_among(dtype=(dtype, _host.DTYPES), tokenizer=(tokenizer, tokenizers))
+            or True
+        )
 
     @classmethod
     def fingerprint_inputs(cls, t5_name: str | None = None, tokenizer: str | None = AUTO, **_: object) -> str:
-        return _host.stamp((t5_name, tokenizer), T5_FOLDERS)
+        return native_files.stamp((t5_name, tokenizer), T5_FOLDERS)
 
     @classmethod
     def execute(cls, t5_name: str, dtype: str, tokenizer: str = AUTO) -> io.NodeOutput:
+        _checks.at_run(cls, t5_name=t5_name, dtype=dtype, tokenizer=tokenizer)
         is_tiny = t5_name == TINY_NAME
-        path = str(TINY_T5) if is_tiny else _host.model_path(t5_name, T5_FOLDERS)
+        path = str(TINY_T5) if is_tiny else native_files.model_path(t5_name, T5_FOLDERS)
         if tokenizer == TINY_NAME or (is_tiny and tokenizer == AUTO):
             tokens = TINY_TOKENIZER
         elif tokenizer == AUTO:
             tokens = tokenizer_beside(path) or HOST_TOKENIZER
         else:
-            tokens = _host.model_path(tokenizer, T5_FOLDERS)
+            tokens = native_files.model_path(tokenizer, T5_FOLDERS)
         return io.NodeOutput(load_clip(path, tokens, _host.DTYPES[dtype]))
 
 
@@ -90,7 +94,7 @@ class MochiVideoDiTLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "dit_name",
-                    options=_host.model_names(DIT_FOLDERS),
+                    options=native_files.model_names(DIT_FOLDERS),
                     tooltip="A Mochi DiT from models/diffusion_models or an all-in-one from models/checkpoints: "
                     f"safetensors, GGUF or a diffusers folder. {TINY_NAME} comes with this pack.",
                 ),
@@ -117,21 +121,24 @@ class MochiVideoDiTLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dit_name: str, dtype: str, attention: str, memory: str) -> bool | str:
-        file = _host.valid_file("dit_name", dit_name, DIT_FOLDERS)
-        if file is not True:
-            return file
-        return _host.valid_choices(
-            dtype=(dtype, _host.DTYPES), attention=(attention, ATTENTION), memory=(memory, MEMORY)
-        )
+    def validate_inputs(
+        cls,
+        dit_name: str | None = None,
+        dtype: str | None = None,
+        attention: str | None = None,
+        memory: str | None = None,
+    ) -> bool | str:
+        choices = {"dtype": (dtype, _host.DTYPES), "attention": (attention, ATTENTION), "memory": (memory, MEMORY)}
+        return native_files.no_such_file("dit_name", dit_name, DIT_FOLDERS) or _checks.not_among(**choices) or True
 
     @classmethod
     def fingerprint_inputs(cls, dit_name: str | None = None, **_: object) -> str:
-        return _host.stamp((dit_name,), DIT_FOLDERS)
+        return native_files.stamp((dit_name,), DIT_FOLDERS)
 
     @classmethod
     def execute(cls, dit_name: str, dtype: str, attention: str, memory: str) -> io.NodeOutput:
-        path = str(TINY_DIT) if dit_name == TINY_NAME else _host.model_path(dit_name, DIT_FOLDERS)
+        _checks.at_run(cls, dit_name=dit_name, dtype=dtype, attention=attention, memory=memory)
+        path = str(TINY_DIT) if dit_name == TINY_NAME else native_files.model_path(dit_name, DIT_FOLDERS)
         return io.NodeOutput(load_model(path, _host.DTYPES[dtype], attention, memory))
 
 
@@ -147,7 +154,7 @@ class MochiVideoVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=_host.model_names(VAE_FOLDERS),
+                    options=native_files.model_names(VAE_FOLDERS),
                     tooltip="A Mochi VAE from models/vae: decoder, encoder or both, or a checkpoint that has it. "
                     f"{TINY_NAME} comes with this pack.",
                 ),
@@ -157,15 +164,19 @@ class MochiVideoVAELoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name: str, dtype: str) -> bool | str:
-        file = _host.valid_file("vae_name", vae_name, VAE_FOLDERS)
-        return file if file is not True else _host.valid_choices(dtype=(dtype, _host.DTYPES))
+    def validate_inputs(cls, vae_name: str | None = None, dtype: str | None = None) -> bool | str:
+        return (
+            native_files.no_such_file("vae_name", vae_name, VAE_FOLDERS)
+            or _checks.not_among(dtype=(dtype, _host.DTYPES))
+            or True
+        )
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None = None, **_: object) -> str:
-        return _host.stamp((vae_name,), VAE_FOLDERS)
+        return native_files.stamp((vae_name,), VAE_FOLDERS)
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
-        path = str(TINY_VAE) if vae_name == TINY_NAME else _host.model_path(vae_name, VAE_FOLDERS)
+        _checks.at_run(cls, vae_name=vae_name, dtype=dtype)
+        path = str(TINY_VAE) if vae_name == TINY_NAME else native_files.model_path(vae_name, VAE_FOLDERS)
         return io.NodeOutput(load_native_vae(path, _host.DTYPES[dtype]))

@@ -1,8 +1,10 @@
 """LoRAs, one or several."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from . import _host
+from . import _checks, _host, native_files
 from .native_lora import with_loras
 
 CATEGORY = "Mochi Video/loaders"
@@ -45,33 +47,38 @@ class MochiVideoLoraLoader(io.ComfyNode):
             search_aliases=["load lora", "lora model only"],
             inputs=[
                 _model_input(),
-                _name_input("lora_name", _host.file_names(FOLDERS)),
+                _name_input("lora_name", native_files.file_names(FOLDERS)),
                 _strength_input("strength"),
             ],
             outputs=[io.Model.Output(tooltip="The model with the LoRA.")],
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str) -> bool | str:
-        return _host.valid_lora("lora_name", lora_name, FOLDERS)
+    def validate_inputs(cls, lora_name: str | None = None, strength: float | None = None) -> bool | str:
+        return (
+            native_files.no_such_lora("lora_name", lora_name, FOLDERS)
+            or _checks.out_of_range(cls, strength=strength)
+            or True
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> str:
-        return _host.stamp((lora_name,), FOLDERS)
+        return native_files.stamp((lora_name,), FOLDERS)
 
     @classmethod
     def execute(cls, model: io.Model.Type, lora_name: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(with_loras(model, [(_host.model_path(lora_name, FOLDERS), strength)]))
+        _checks.at_run(cls, lora_name=lora_name, strength=strength)
+        return io.NodeOutput(with_loras(model, [(native_files.model_path(lora_name, FOLDERS), strength)]))
 
 
 class MochiVideoLoraStack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = [_host.NO_LORA, *_host.file_names(FOLDERS)]
+        names = [native_files.NO_LORA, *native_files.file_names(FOLDERS)]
         inputs = [_model_input()]
         for index in range(1, STACKED + 1):
             pair = [_name_input(f"lora_{index}", names), _strength_input(f"strength_{index}")]
-            pair[0].default = _host.NO_LORA
+            pair[0].default = native_files.NO_LORA
             inputs += pair if index <= 2 else [_host.advanced(one) for one in pair]
         return _host.schema(
             node_id="MochiVideoLoraStack",
@@ -84,20 +91,33 @@ class MochiVideoLoraStack(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_1: str, lora_2: str, lora_3: str, lora_4: str) -> bool | str:
-        for name, value in {"lora_1": lora_1, "lora_2": lora_2, "lora_3": lora_3, "lora_4": lora_4}.items():
-            checked = _host.valid_lora(name, value, FOLDERS, or_none=True)
-            if checked is not True:
-                return checked
-        return True
+    def validate_inputs(
+        cls,
+        lora_1: str | None = None,
+        lora_2: str | None = None,
+        lora_3: str | None = None,
+        lora_4: str | None = None,
+        strength_1: float | None = None,
+        strength_2: float | None = None,
+        strength_3: float | None = None,
+        strength_4: float | None = None,
+    ) -> bool | str:
+        names = {"lora_1": lora_1, "lora_2": lora_2, "lora_3": lora_3, "lora_4": lora_4}
+        wrong = (native_files.no_such_lora(name, value, FOLDERS, or_none=True) for name, value in names.items())
+        strengths = dict(strength_1=strength_1, strength_2=strength_2, strength_3=strength_3, strength_4=strength_4)
+        return next(filter(None, wrong), "") or _checks.out_of_range(cls, **strengths) or True
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: object) -> str:
         names = [str(inputs[f"lora_{index}"]) for index in range(1, STACKED + 1) if inputs.get(f"lora_{index}")]
-        return _host.stamp(names, FOLDERS)
+        return native_files.stamp(names, FOLDERS)
 
     @classmethod
-    def execute(cls, model: io.Model.Type, **inputs: object) -> io.NodeOutput:
-        chosen = [(str(inputs[f"lora_{index}"]), inputs[f"strength_{index}"]) for index in range(1, STACKED + 1)]
-        loras = [(_host.model_path(name, FOLDERS), float(s)) for name, s in chosen if name != _host.NO_LORA]  # pyright: ignore[reportArgumentType]
+    def execute(cls, model: io.Model.Type, **inputs: Any) -> io.NodeOutput:
+        _checks.at_run(cls, **inputs)
+        loras = []
+        for index in range(1, STACKED + 1):
+            name, strength = inputs[f"lora_{index}"], inputs[f"strength_{index}"]
+            if name != native_files.NO_LORA:
+                loras.append((native_files.model_path(name, FOLDERS), strength))
         return io.NodeOutput(with_loras(model, loras))

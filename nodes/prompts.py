@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from mochi_core.errors import ConditioningError
 
-from . import _host
+from . import _checks, _host
 
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 MOST_VIDEOS = 1000
@@ -57,10 +57,17 @@ class MochiVideoPrompts(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompts: str, seed: int, seeds_per_prompt: int) -> bool | str:
-        return _host.accepted_by(listed, prompts, seed, seeds_per_prompt)
+    def validate_inputs(
+        cls, prompts: str | None = None, seed: int | None = None, seeds_per_prompt: int | None = None
+    ) -> bool | str:
+        return (
+            _checks.out_of_range(cls, seed=seed, seeds_per_prompt=seeds_per_prompt)
+            or _checks.refused_by(listed, prompts, seed, seeds_per_prompt)
+            or True
+        )
 
     @classmethod
     def execute(cls, prompts: str, seed: int, seeds_per_prompt: int) -> io.NodeOutput:
+        _checks.at_run(cls, prompts=prompts, seed=seed, seeds_per_prompt=seeds_per_prompt)
         pairs = listed(prompts, seed, seeds_per_prompt)
         return io.NodeOutput([prompt for prompt, _ in pairs], [seed for _, seed in pairs])

@@ -13,7 +13,7 @@ from mochi_core.memory.plan import Networks
 from mochi_core.shapes import VideoSize
 from mochi_core.weights.build import TINY_DIT, TINY_NAME
 
-from . import _host
+from . import _host, native_files
 from ._cost import cost, networks_of
 from .loading import DIT_FOLDERS
 from .native_dit import MEMORY
@@ -47,8 +47,7 @@ def answered(query: Mapping[str, str]) -> dict[str, Any]:
     if not 1 <= batch <= LARGEST_BATCH:
         raise ShapeError(f"batch_size is {batch}", f"it must be from 1 to {LARGEST_BATCH}", "Use 1")
     memory = query.get("memory", MEMORY[0])
-    valid = _host.valid_choices(memory=(memory, MEMORY))
-    if valid is not True:
+    if memory not in MEMORY:
         raise MochiError(f"memory is {memory!r}", f"it must be one of {', '.join(MEMORY)}", "Choose one of them")
     name = query.get("dit_name", "")
     device, available = _host.sampling_device(), _host.usable_memory(_host.sampling_device())
@@ -69,8 +68,8 @@ def _file(name: str) -> tuple[str | None, str]:
     """Where the DiT called `name` lies, and a stamp that changes with it; None when there is no such file here."""
     if name == TINY_NAME:
         return str(TINY_DIT), ""
-    if name in _host.file_names(DIT_FOLDERS):
-        return _host.model_path(name, DIT_FOLDERS), _host.stamp([name], DIT_FOLDERS)
+    if name in native_files.file_names(DIT_FOLDERS):
+        return native_files.model_path(name, DIT_FOLDERS), native_files.stamp([name], DIT_FOLDERS)
     return None, ""
 
 

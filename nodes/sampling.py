@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from mochi_core.sampling.guidance import RELEASED_SCALE
 from mochi_core.sampling.schedule import RELEASED_STEPS, from_levels, linear_quadratic
 
-from . import _host
+from . import _checks, _host
 from .native_guider import MochiGuider, run
 
 CATEGORY = "Mochi Video/sampling"
@@ -62,6 +62,10 @@ class MochiVideoGuider(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, cfg: float | None = None) -> bool | str:
+        return _checks.out_of_range(cls, cfg=cfg) or True
+
+    @classmethod
     def execute(
         cls,
         model: io.Model.Type,
@@ -71,6 +75,7 @@ class MochiVideoGuider(io.ComfyNode):
         cfg_schedule: str,
         batch_cfg: bool,
     ) -> io.NodeOutput:
+        _checks.at_run(cls, cfg=cfg)
         return io.NodeOutput(MochiGuider(model, positive, negative, cfg, cfg_schedule, batch_cfg))
 
 
@@ -114,8 +119,10 @@ class MochiVideoSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, noise_device: str) -> bool | str:
-        return _host.valid_choices(noise_device=(noise_device, NOISE_DEVICES))
+    def validate_inputs(cls, noise_device: str | None = None, cfg: float | None = None) -> bool | str:
+        return (
+            _checks.not_among(noise_device=(noise_device, NOISE_DEVICES)) or _checks.out_of_range(cls, cfg=cfg) or True
+        )
 
     @classmethod
     def execute(
@@ -131,6 +138,7 @@ class MochiVideoSampler(io.ComfyNode):
         sigmas: io.Sigmas.Type | None = None,
         cfg_schedule: str = "",
     ) -> io.NodeOutput:
+        _checks.at_run(cls, noise_device=noise_device, cfg=cfg)
         schedule = linear_quadratic(steps) if sigmas is None else from_levels(sigmas.tolist())
         if sigmas is not None and schedule.steps != steps:
             _host.log.info("sigmas replace steps: %d steps instead of %d", schedule.steps, steps)

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from mochi_core.errors import ScheduleError
 from mochi_core.sampling.schedule import RELEASED_STEPS, RELEASED_THRESHOLD, SigmaSchedule, last_part, linear_quadratic
 
-from . import _host
+from . import _checks, _host
 
 # threshold, and the share of the steps that is linear; FastMochi was distilled for 6 linear steps of 8
 PRESETS = {"custom": None, "Mochi 1 (released)": (RELEASED_THRESHOLD, 1 / 2), "FastMochi (8 steps)": (0.1, 3 / 4)}
@@ -69,7 +69,8 @@ class MochiVideoSigmas(io.ComfyNode):
                         min=0.01,
                         max=1.0,
                         step=0.01,
-                        tooltip="Below 1: the last part of a longer schedule, for starting from a video.",
+                        tooltip="Below 1: the last part of a longer schedule, for starting from a video: 0.2 to 0.4. "
+                        "From 0.5 on next to nothing of the video is kept.",
                     )
                 ),
             ],
@@ -78,17 +79,25 @@ class MochiVideoSigmas(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, preset: str, steps: int, threshold_noise: float, linear_steps: int, denoise: float
+        cls,
+        preset: str | None = None,
+        steps: int | None = None,
+        threshold_noise: float | None = None,
+        linear_steps: int | None = None,
+        denoise: float | None = None,
     ) -> bool | str:
-        choice = _host.valid_choices(preset=(preset, PRESETS))
-        if choice is not True:
-            return choice
-        return _host.accepted_by(chosen_schedule, preset, steps, threshold_noise, linear_steps, denoise)
+        numbers = {"steps": steps, "linear_steps": linear_steps, "denoise": denoise}
+        return (
+            _checks.not_among(preset=(preset, PRESETS))
+            or _checks.out_of_range(cls, **numbers, threshold_noise=threshold_noise)
+            or _checks.refused_by(chosen_schedule, preset, steps, threshold_noise, linear_steps, denoise)
+            or True
+        )
 
     @classmethod
     def execute(
         cls, preset: str, steps: int, threshold_noise: float, linear_steps: int, denoise: float
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            _host.sigmas_tensor(chosen_schedule(preset, steps, threshold_noise, linear_steps, denoise))
-        )
+        numbers = {"steps": steps, "threshold_noise": threshold_noise, "linear_steps": linear_steps, "denoise": denoise}
+        _checks.at_run(cls, preset=preset, **numbers)
+        return io.NodeOutput(_host.sigmas_tensor(chosen_schedule(preset, **numbers)))

@@ -1,5 +1,7 @@
 """How large and how long the video is."""
 
+import math
+
 import torch
 from comfy_api.latest import io
 
@@ -8,7 +10,7 @@ from mochi_core.dit.flops import visual_tokens
 from mochi_core.errors import ShapeError
 from mochi_core.shapes import RELEASED_FPS, VideoSize, frames_for_seconds
 
-from . import _host
+from . import _checks, _host
 
 PRESETS = {
     "custom": None,
@@ -25,8 +27,8 @@ LONGEST = 6 * 256 + 1
 def chosen_size(preset: str, width: int, height: int, frames: int, seconds: float) -> VideoSize:
     """The size that the widgets mean. Raises `ShapeError` when the model cannot make it."""
     width, height = PRESETS[preset] or (width, height)
-    if seconds < 0:
-        raise ShapeError(f"seconds is {seconds}", "it must not be negative", "Use 0 to go by frames")
+    if not 0 <= seconds < math.inf:
+        raise ShapeError(f"seconds is {seconds}", "it must be a length: 0 or more", "Use 0 to go by frames")
     return VideoSize(width, height, frames_for_seconds(seconds) if seconds else frames)
 
 
@@ -78,16 +80,30 @@ class MochiVideoSize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, preset: str, width: int, height: int, frames: int, seconds: float) -> bool | str:
-        choice = _host.valid_choices(preset=(preset, PRESETS))
-        if choice is not True:
-            return choice
-        return _host.accepted_by(chosen_size, preset, width, height, frames, seconds)
+    def validate_inputs(
+        cls,
+        preset: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        seconds: float | None = None,
+        batch_size: int | None = None,
+    ) -> bool | str:
+        return (
+            _checks.not_among(preset=(preset, PRESETS))
+            or _checks.refused_by(chosen_size, preset, width, height, frames, seconds)
+            or _checks.out_of_range(
+                cls, width=width, height=height, frames=frames, seconds=seconds, batch_size=batch_size
+            )
+            or True
+        )
 
     @classmethod
     def execute(
         cls, preset: str, width: int, height: int, frames: int, seconds: float, batch_size: int
     ) -> io.NodeOutput:
+        given = {"width": width, "height": height, "frames": frames, "seconds": seconds, "batch_size": batch_size}
+        _checks.at_run(cls, preset=preset, **given)
         size = chosen_size(preset, width, height, frames, seconds)
         latent = size.latent
         _host.log.info(

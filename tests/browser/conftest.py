@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 
-import canvas as driving
 import pytest
-from canvas import Canvas
 from playwright.sync_api import Browser
 
+import scripts.page as driving
 from scripts import comfyui
+from scripts.page import Canvas
 from tests.conftest import missing_peer
 
 

@@ -3,8 +3,9 @@
 import json
 
 from axe_playwright_python.sync_playwright import Axe
-from canvas import TINY, Canvas
 from playwright.sync_api import expect
+
+from scripts.page import TINY, Canvas
 
 
 def test_axe_finds_nothing_wrong_with_our_panels(canvas: Canvas) -> None:

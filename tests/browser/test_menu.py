@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from canvas import TINY, Canvas
+
+from scripts.page import TINY, Canvas
 
 PROMPT = "a 'red' \"circle\" $HOME `date` \\n moving right\n</script> 🎈 PROMPT"
 
@@ -19,10 +20,9 @@ def copied(canvas: Canvas, command: str) -> str:
 
 
 @pytest.fixture
-def ready(canvas: Canvas, vue: bool) -> Canvas:
+def ready(canvas: Canvas) -> Canvas:
     canvas.drop_workflow(TINY)
     canvas.set("MochiVideoSampler", "steps", 2)
-    canvas.set("MochiVideoSampler", "seed", 5000 + vue)
     canvas.set("MochiVideoTextEncode", "text", PROMPT)
     return canvas
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable
 
 import pytest
-from canvas import TINY, Canvas
 from playwright.sync_api import expect
+
+from scripts.page import TINY, Canvas
 
 COST = ".mochi-video-cost"
 

@@ -1,13 +1,23 @@
 """A workflow file is dropped, Run pressed, the clip seen to move; the video plays, and brings the graph back."""
 
 import json
+import re
 
 import av
-from canvas import TINY, Canvas
 from playwright.sync_api import expect
+
+from scripts.page import TINY, Canvas
 
 PREVIEW = ".mochi-video-preview canvas"
 PLAYER = ".mochi-video-player"
+LOOKS = 40
+PAINTED = """async (name) => {
+    await new Promise((done) => setTimeout(done, 50))
+    const canvas = Object.assign(document.createElement('canvas'), { width: 64, height: 64 })
+    const paint = canvas.getContext('2d')
+    paint.drawImage(document.querySelector(name), 0, 0)
+    return Array.from(paint.getImageData(0, 0, 64, 64).data)
+}"""
 
 
 def press_run(canvas: Canvas) -> None:
@@ -24,7 +34,6 @@ def shown(graph: dict) -> dict:
 def test_run_shows_progress_a_moving_preview_and_a_playing_video(canvas: Canvas, vue: bool) -> None:
     canvas.drop_workflow(TINY)
     canvas.set("MochiVideoSampler", "steps", 120)
-    canvas.set("MochiVideoSampler", "seed", 1000 + vue)  # what the other renderer made is in the host's cache
     canvas.look_at(["MochiVideoSampler", "MochiVideoDecode"])
     preview = canvas.page.locator(PREVIEW)
     expect(preview).to_be_hidden()
@@ -63,11 +72,10 @@ def test_run_shows_progress_a_moving_preview_and_a_playing_video(canvas: Canvas,
     canvas.shot(f"finished-{'nodes-2' if vue else 'litegraph'}")
 
 
-def test_the_saved_video_dropped_back_is_the_same_graph(canvas: Canvas, vue: bool) -> None:
+def test_the_saved_video_dropped_back_is_the_same_graph(canvas: Canvas) -> None:
     canvas.drop_workflow(TINY)
     canvas.set("MochiVideoTextEncode", "text", 'a "red" circle\nmoving right 🎈 <b>on</b> black')
     canvas.set("MochiVideoSampler", "steps", 4)
-    canvas.set("MochiVideoSampler", "seed", 2000 + vue)
     before = canvas.graph()
     with canvas.saved() as files:
         canvas.run()
@@ -125,7 +133,7 @@ def test_the_player_steps_by_frames_with_buttons_and_keys_and_downloads(canvas: 
 
     with page.expect_download() as download:
         page.locator(PLAYER).get_by_role("link", name="Download").click()
-    assert download.value.suggested_filename == "mochi_video_1.mp4"
+    assert re.fullmatch(r"mochi_video_\w+\.mp4", download.value.suggested_filename)
     with av.open(str(download.value.path())) as video:
         assert sum(1 for _ in video.decode(video=0)) == 19
         assert "workflow" in video.metadata and "prompt" in video.metadata
@@ -146,31 +154,23 @@ def test_each_step_of_the_player_shows_its_own_frame(canvas: Canvas) -> None:
     for index in range(len(frames)):
         if index:
             canvas.page.keyboard.press("ArrowRight")
-        shown = canvas.page.evaluate(
-            """async (name) => {
-                const video = document.querySelector(name)
-                while (video.seeking) await new Promise((done) => setTimeout(done, 10))
-                await new Promise((done) => setTimeout(done, 50))
-                const canvas = Object.assign(document.createElement('canvas'), { width: 64, height: 64 })
-                const paint = canvas.getContext('2d')
-                paint.drawImage(video, 0, 0)
-                return Array.from(paint.getImageData(0, 0, 64, 64).data)
-            }""",
-            f"{PLAYER} video",
-        )
-        errors = [abs(frame.astype(int) - canvas.pixels(shown)).mean() for frame in frames]
-        assert min(range(len(frames)), key=lambda other: errors[other]) == index, errors
+        for _ in range(LOOKS):  # a browser paints a little after it has found a frame
+            picture = canvas.pixels(canvas.page.evaluate(PAINTED, f"{PLAYER} video"))
+            errors = [abs(frame.astype(int) - picture).mean() for frame in frames]
+            nearest = min(range(len(frames)), key=lambda other: errors[other])
+            if nearest == index:
+                break
+        assert nearest == index, errors
 
 
-def test_a_batch_is_played_clip_by_clip_and_saved_as_so_many_files(canvas: Canvas, vue: bool) -> None:
+def test_a_batch_is_played_clip_by_clip_and_saved_as_so_many_files(canvas: Canvas) -> None:
     canvas.drop_workflow(TINY)
     canvas.set("MochiVideoSampler", "steps", 4)
-    canvas.set("MochiVideoSampler", "seed", 3000 + vue)
     canvas.set("MochiVideoSize", "batch_size", 2)
     with canvas.saved() as files:
         canvas.run()
     assert len(files) == 2
     which = canvas.page.locator(PLAYER).get_by_role("combobox", name="Clip")
     first = canvas.page.locator(f"{PLAYER} video").get_attribute("src")
-    which.select_option("1")
+    which.select_option(label="2")
     assert canvas.page.locator(f"{PLAYER} video").get_attribute("src") != first

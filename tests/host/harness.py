@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+import urllib.error
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+import websocket
 from safetensors.torch import load_file
 
 from scripts import comfyui
@@ -75,6 +79,56 @@ class RunningHost(comfyui.Host):
         self.run(graph.nodes)
         found = [load_file(self.output / f"{name}.safetensors") for name in names]
         return found[0] if len(found) == 1 else found
+
+    def executed(self, prompt: dict[str, Any]) -> list[str]:
+        """Runs the API prompt and says which nodes ran, by their kind and in their order; the others were cached."""
+        ran: list[str] = []
+
+        def note(kind: str, data: dict[str, Any]) -> None:
+            if kind == "executing" and data["node"] is not None:
+                ran.append(prompt[data["node"]]["class_type"])
+
+        self.run(prompt, note)
+        return ran
+
+    def told(self, socket: websocket.WebSocket) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What the host says on its socket, message by message."""
+        return comfyui._messages(socket)
+
+    def each_finished(self, socket: websocket.WebSocket, prompt_ids: Iterable[str]) -> Iterator[str]:
+        """These queued prompts, each when it has ended, well or not."""
+        left = set(prompt_ids)
+        for kind, data in self.told(socket) if left else ():
+            if kind == "executing" and data["node"] is None and data.get("prompt_id") in left:
+                left.remove(data["prompt_id"])
+                yield data["prompt_id"]
+                if not left:
+                    return
+
+    def run_as_page(self, prompt: dict[str, Any], workflow: dict[str, Any]) -> dict[str, Any]:
+        """Runs an API prompt with its workflow beside it, as the page posts it; returns the outputs of its nodes."""
+        extra = {"extra_pnginfo": {"workflow": workflow}}
+        with self.events() as socket:
+            body = {"prompt": prompt, "client_id": self.client, "extra_data": extra}
+            prompt_id = self.post("/prompt", body)["prompt_id"]
+            assert list(self.each_finished(socket, [prompt_id])) == [prompt_id]
+        entry = self.get(f"/history/{prompt_id}")[prompt_id]
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        return entry["outputs"]
+
+    def answer(self, body: Any) -> tuple[int, Any]:
+        """What the host answers to a body posted to `/prompt`: the status, and the content if it is JSON."""
+        try:
+            return 200, self.post("/prompt", body)
+        except urllib.error.HTTPError as error:
+            content = error.read()
+            return error.code, json.loads(content) if content.startswith(b"{") else content.decode()
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the host's process holds."""
+        assert self._process is not None, "the host runs"
+        return psutil.Process(self._process.pid).memory_info().rss
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")

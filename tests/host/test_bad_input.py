@@ -40,8 +40,13 @@ def failure(host: RunningHost, graph: Graph) -> str:
         ({"width": 100}, "width is 100: it must be a positive multiple of 16 pixels. Use 96."),
         ({"height": 0}, "height is 0: it must be a positive multiple of 16 pixels. Use 16."),
         ({"width": -64}, "width is -64: it must be a positive multiple of 16 pixels"),
-        ({"seconds": -1.0}, "seconds is -1.0: it must not be negative"),
+        ({"seconds": -1.0}, "seconds is -1.0: it must be a length: 0 or more"),
         ({"preset": "9999x9999"}, "preset is '9999x9999': it must be one of"),
+        ({"frames": 6_000_001}, "frames is 6000001: it must be from 1 to 1537"),
+        ({"width": 8192}, "width is 8192: it must be from 16 to 4096"),
+        ({"batch_size": 65}, "batch_size is 65: it must be from 1 to 64"),
+        ({"seconds": float("nan")}, "seconds is nan: it must be a length: 0 or more"),
+        ({"seconds": float("inf")}, "seconds is inf: it must be a length: 0 or more"),
     ],
 )
 def test_sizes_are_refused_when_queued_and_name_their_node(
@@ -56,9 +61,12 @@ def test_sizes_are_refused_when_queued_and_name_their_node(
     ("options", "said"),
     [
         ({"linear_steps": 4}, "linear_steps is 4 of 4 steps: it must be from 1 to 3"),
-        ({"threshold_noise": 1.5}, "threshold_noise is 1.5: it must be between 0 and 1"),
-        ({"steps": 1}, "steps is 1: this schedule needs at least 2"),
-        ({"denoise": 0.0}, "denoise is 0.0: it must be above 0"),
+        ({"threshold_noise": 1.5}, "threshold_noise is 1.5: it must be from 0.001 to 0.999"),
+        ({"steps": 1}, "steps is 1: it must be from 2 to 1000"),
+        ({"steps": 1_000_000}, "steps is 1000000: it must be from 2 to 1000"),
+        ({"steps": 1000, "denoise": 1e-4}, "denoise is 0.0001: it must be from 0.01 to 1.0"),
+        ({"denoise": float("nan")}, "denoise is nan: it must be from 0.01 to 1.0"),
+        ({"denoise": 0.0}, "denoise is 0.0: it must be from 0.01 to 1.0"),
     ],
 )
 def test_schedules_are_refused_when_queued(host: RunningHost, graph: Graph, options: dict, said: str) -> None:
@@ -70,6 +78,36 @@ def test_schedules_are_refused_when_queued(host: RunningHost, graph: Graph, opti
 def test_tile_numbers_are_refused_when_queued(host: RunningHost, graph: Graph) -> None:
     graph.probe("Image", graph.decode(graph.size(), mode="tiled spatial", tile_rows=3), "image")
     assert "tile rows is 3: it must be a power of two" in refusal(host, graph)
+
+
+@pytest.mark.parametrize("fps", [float("nan"), 0.0, 1e9])
+def test_a_rate_that_no_video_has_is_refused_when_queued(host: RunningHost, graph: Graph, fps: float) -> None:
+    graph.probe("Image", graph.decode(graph.size(), fps=fps), "image")
+    assert f"fps is {fps}: it must be from 1.0 to 240.0" in refusal(host, graph)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), 21.0])
+def test_a_strength_that_is_no_strength_is_refused_when_queued(
+    host: RunningHost, graph: Graph, strength: float
+) -> None:
+    file = host.models / "loras" / "any.safetensors"
+    file.touch()
+    lora = graph.add("MochiVideoLoraLoader", model=graph.dit(), lora_name=file.name, strength=strength)
+    graph.probe("Latent", graph.sampler(model=lora), "latents")
+    assert f"strength is {strength}: it must be from -20.0 to 20.0" in refusal(host, graph)
+
+
+@pytest.mark.parametrize("option", ["dit_name", "dtype", "attention", "memory"])
+def test_null_is_no_choice(host: RunningHost, graph: Graph, option: str) -> None:
+    """When it is queued it looks like a value that comes over a wire; the node looks again."""
+    inputs = {"dit_name": TINY, "dtype": "auto", "attention": "auto", "memory": "auto"} | {option: None}
+    graph.probe("Latent", graph.sampler(model=graph.add("MochiVideoDiTLoader", **inputs)), "latents")
+    assert f"{option} is null: it must have a value" in failure(host, graph)
+
+
+def test_a_wrong_number_over_a_wire_is_refused_when_it_is_known(host: RunningHost, graph: Graph) -> None:
+    graph.probe("Latent", graph.size(frames=graph.add("PrimitiveInt", value=6_000_001)), "size")
+    assert "frames is 6000001: it must be from 1 to 1537" in failure(host, graph)
 
 
 def test_a_missing_file_is_refused_when_queued(host: RunningHost, graph: Graph) -> None:
