@@ -42,6 +42,7 @@ lint: setup types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/workflows.py --check
 
 test: lint .venv/ready-browser
 	$(BIN)/pytest tests --import-mode=importlib

@@ -31,7 +31,7 @@ const SAMPLERS = ['MochiVideoSampler', 'SamplerCustomAdvanced']
 const lines = new Set()
 setInterval(() => lines.forEach((line) => line.look()), SECONDS_BETWEEN_LOOKS * 1000)
 
-/** Asks the server again: a run has ended, and it knows better how long things take. */
+/** Asks the server again: it knows better how long things take, or the page has another language. */
 export function askAgain() {
   lines.forEach((line) => line.forget())
 }

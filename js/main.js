@@ -16,10 +16,10 @@ import { loadText, text } from './text.js'
 const WARNING_SECONDS = 12
 const PREFIX = 'MochiVideo'
 
-/** @type {WeakMap<Node, Preview>} */
-const previews = new WeakMap()
-/** @type {WeakMap<Node, Player>} */
-const players = new WeakMap()
+/** @type {Map<Node, Preview>} */
+const previews = new Map()
+/** @type {Map<Node, Player>} */
+const players = new Map()
 // What was decoded, by workflow and node: a graph is built anew when something is undone.
 /** @type {Map<string, unknown>} */
 const decoded = new Map()
@@ -35,17 +35,35 @@ const panels = {
   },
   MochiVideoSampler(node) {
     if (isOn('Cost')) new CostLine(node)
-    if (isOn('Preview')) previews.set(node, new Preview(node))
+    if (isOn('Preview')) keep(previews, node, new Preview(node))
   },
   MochiVideoDecode(node) {
     if (!isOn('Player')) return
     const player = new Player(node)
-    players.set(node, player)
+    keep(players, node, player)
     chain(node, 'onExecuted', (output) => {
       if (output?.mochi_video) decoded.set(placeOf(node), output.mochi_video)
       player.show(output?.mochi_video)
     })
   }
+}
+
+/**
+ * Remembers a node's panel for as long as there is the node.
+ * @template Panel
+ * @param {Map<Node, Panel>} panels
+ * @param {Node} node
+ * @param {Panel} panel
+ */
+function keep(panels, node, panel) {
+  panels.set(node, panel)
+  chain(node, 'onRemoved', () => panels.delete(node))
+}
+
+/** Words of ours, once the page's language has changed. */
+function translate() {
+  for (const panel of [...previews.values(), ...players.values()]) panel.translate()
+  askAgain()
 }
 
 /** @param {Node} node */
@@ -58,9 +76,8 @@ function onPreview({ detail }) {
   const node = nodeOf(detail.node)
   if (!node || !isOn('Preview')) return
   // The host's own sampler shows one too, when our guider drives it.
-  const preview = previews.get(node) ?? new Preview(node)
-  previews.set(node, preview)
-  preview.show(detail)
+  if (!previews.has(node)) keep(previews, node, new Preview(node))
+  previews.get(node)?.show(detail)
 }
 
 /** @param {CustomEvent<any>} event */
@@ -132,6 +149,8 @@ app.registerExtension({
     listen('mochi_video.preview', onPreview)
     listen('mochi_video.warning', onWarning)
     listen('execution_success', askAgain)
+    // The setting has its new value only after this has been told.
+    app.ui.settings.addEventListener('Comfy.Locale.change', () => setTimeout(translate))
   },
 
   nodeCreated(node) {

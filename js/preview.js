@@ -37,7 +37,16 @@ export class Preview {
     this.timer = undefined
     this.fit = addPanel(node, 'mochi_video_preview', this.panel, () => (this.strip ? HEIGHT : EMPTY_HEIGHT))
     chain(node, 'onRemoved', () => this.stop())
-    this.caption.textContent = text('noPreview')
+    this.translate()
+  }
+
+  /** Says what it shows in the page's language. */
+  translate() {
+    const { strip } = this
+    this.caption.textContent = strip
+      ? text('step', { step: Number(strip.step), steps: Number(strip.steps) })
+      : text('noPreview')
+    this.canvas.setAttribute('aria-label', this.caption.textContent)
   }
 
   /**
@@ -51,8 +60,7 @@ export class Preview {
     this.strip = strip
     this.sheet.src = strip.image
     this.canvas.hidden = false
-    this.caption.textContent = text('step', { step: Number(strip.step), steps: Number(strip.steps) })
-    this.canvas.setAttribute('aria-label', this.caption.textContent)
+    this.translate()
     if (isFirst) this.fit()
     if (hasNewPace) this.start(strip.fps)
   }

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from mochi_core.errors import MochiError
 from mochi_core.video_file import write_mp4
 
 log = logging.getLogger("mochi_video")
 
 FOLDER = "mochi_video"
-# Half a minute of frames at a time: what is held twice while it is written.
+# What is held twice while it is written.
 FRAMES_AT_ONCE = 30
+# A host that runs for weeks decodes thousands of clips; what is older than these is no longer looked at.
+KEPT = 64
 
 
 def written(frames: torch.Tensor, fps: float, folder: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
@@ -26,9 +27,16 @@ def written(frames: torch.Tensor, fps: float, folder: Path, metadata: dict[str, 
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         write_mp4(folder / FOLDER / name, frames.split(FRAMES_AT_ONCE), fps, preset="veryfast", metadata=metadata)
-    except (OSError, MochiError) as error:
+        _delete_old(folder / FOLDER)
+    except Exception as error:  # whatever it is, the frames go on
         log.warning("The player has no video: %s", error)
         return None
     height, width = frames.shape[1:3]
     file = {"filename": name, "subfolder": FOLDER, "type": "temp"}
     return {**file, "frames": len(frames), "fps": fps, "width": width, "height": height}
+
+
+def _delete_old(folder: Path) -> None:
+    files = sorted(folder.glob("*.mp4"), key=lambda file: file.stat().st_mtime_ns)
+    for file in files[:-KEPT]:
+        file.unlink(missing_ok=True)

@@ -32,7 +32,10 @@ def browser() -> Iterator[Browser]:
         yield running
 
 
-@pytest.fixture(params=[False, True], ids=["litegraph", "nodes-2"])
+RENDERERS = {"params": [False, True], "ids": ["litegraph", "nodes-2"]}
+
+
+@pytest.fixture(**RENDERERS)
 def vue(request: pytest.FixtureRequest) -> bool:
     """Which of the host's two renderers draws the nodes. Tests that take `canvas` run in both."""
     return request.param
@@ -57,3 +60,20 @@ def opened(host: comfyui.Host, browser: Browser) -> Iterator[Callable[..., Canva
 @pytest.fixture
 def canvas(opened: Callable[..., Canvas], vue: bool) -> Canvas:
     return opened(vue=vue)
+
+
+@pytest.fixture(scope="module", **RENDERERS)
+def one_tab(host: comfyui.Host, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Canvas]:
+    """One tab for all tests of a file, as it takes some seconds to open one."""
+    tab = Canvas(browser, host, vue=request.param)
+    yield tab
+    tab.close()
+
+
+@pytest.fixture
+def shared(one_tab: Canvas) -> Iterator[Canvas]:
+    """That tab, for tests that only drop files and edit them. At the end of each it may not have complained."""
+    yield one_tab
+    errors, one_tab.errors[:] = list(one_tab.errors), []
+    one_tab.page.keyboard.press("Escape")
+    assert not errors

@@ -17,19 +17,19 @@ def cost_of(canvas: Canvas, kind: str = "MochiVideoSize"):
 
 
 @pytest.mark.parametrize(("asked", "made"), [(162, 163), (1, 1), (20, 19), (166, 169)])
-def test_frames_snap_while_they_are_edited(canvas: Canvas, asked: int, made: int) -> None:
-    canvas.drop_workflow(TINY)
-    canvas.set("MochiVideoSize", "frames", asked)
-    assert canvas.value("MochiVideoSize", "frames") == made
-    expect(canvas.page.locator(COST).first).to_contain_text(f"{made} frames · {made / 30:.1f} s")
+def test_frames_snap_while_they_are_edited(shared: Canvas, asked: int, made: int) -> None:
+    shared.drop_workflow(TINY)
+    shared.set("MochiVideoSize", "frames", asked)
+    assert shared.value("MochiVideoSize", "frames") == made
+    expect(shared.page.locator(COST).first).to_contain_text(f"{made} frames · {made / 30:.1f} s")
 
 
-def test_presets_fill_the_size_and_an_own_size_is_custom(canvas: Canvas) -> None:
-    canvas.drop_workflow(TINY)
-    canvas.set("MochiVideoSize", "preset", "848x480 (released)")
-    assert [canvas.value("MochiVideoSize", name) for name in ("width", "height")] == [848, 480]
-    canvas.set("MochiVideoSize", "width", 650)
-    assert [canvas.value("MochiVideoSize", name) for name in ("preset", "width")] == ["custom", 656]
+def test_presets_fill_the_size_and_an_own_size_is_custom(shared: Canvas) -> None:
+    shared.drop_workflow(TINY)
+    shared.set("MochiVideoSize", "preset", "848x480 (released)")
+    assert [shared.value("MochiVideoSize", name) for name in ("width", "height")] == [848, 480]
+    shared.set("MochiVideoSize", "width", 650)
+    assert [shared.value("MochiVideoSize", name) for name in ("preset", "width")] == ["custom", 656]
 
 
 def test_the_cost_follows_the_size_the_model_and_the_steps(canvas: Canvas) -> None:
@@ -60,9 +60,9 @@ def test_the_cost_follows_the_size_the_model_and_the_steps(canvas: Canvas) -> No
     expect(line).to_have_attribute("data-verdict", "streams")
 
 
-def test_a_size_that_a_wire_decides_has_no_figure(canvas: Canvas) -> None:
-    canvas.drop_workflow(TINY)
-    canvas.page.evaluate(
+def test_a_size_that_a_wire_decides_has_no_figure(shared: Canvas) -> None:
+    shared.drop_workflow(TINY)
+    shared.page.evaluate(
         """() => {
             const { graph } = window.app
             const source = window.LiteGraph.createNode('PrimitiveInt')
@@ -71,7 +71,7 @@ def test_a_size_that_a_wire_decides_has_no_figure(canvas: Canvas) -> None:
             source.connect(0, size, size.inputs.findIndex((input) => input.name === 'frames'))
         }"""
     )
-    expect(canvas.page.locator(COST).first).to_contain_text("The cost is known when the size is.")
+    expect(shared.page.locator(COST).first).to_contain_text("The cost is known when the size is.")
 
 
 HOSTILE = "<img src=x onerror='window.hacked = true'><script>window.hacked = true</script>"
@@ -126,15 +126,35 @@ def test_panels_can_be_switched_off(opened: Callable[..., Canvas]) -> None:
         canvas.host.post("/settings", {f"MochiVideo.{name}": True for name in names})
 
 
+def chinese(text: str) -> bool:
+    return any("\u4e00" <= letter <= "\u9fff" for letter in text)
+
+
 def test_the_page_in_chinese_names_nodes_inputs_and_panels_in_chinese(opened: Callable[..., Canvas], vue: bool) -> None:
     canvas = opened(vue=vue, locale="zh")
     canvas.drop_workflow(TINY)
-    line = canvas.page.locator(COST).first
-    expect(line).to_contain_text("19 帧")
-    titles = canvas.page.evaluate(
-        """() => window.app.graph._nodes.filter((n) => n.type === 'MochiVideoSampler')
-            .flatMap((n) => [window.LiteGraph.registered_node_types[n.type].title, ...n.widgets.map((w) => w.label)])"""
+    expect(canvas.page.locator(COST).first).to_contain_text("19 帧")
+    node = canvas.page.evaluate(
+        """() => {
+            const { title, nodeData } = window.LiteGraph.registered_node_types.MochiVideoSampler
+            const made = window.LiteGraph.createNode('MochiVideoSampler')
+            return [title ?? nodeData.display_name, made.widgets.find((widget) => widget.name === 'steps').label]
+        }"""
     )
-    assert any("\u4e00" <= letter <= "\u9fff" for letter in "".join(filter(None, titles)))
+    # The frontend of 0.3.75 loses what packs translate: their words are merged before its own, which replace them.
+    if canvas.host.get("/system_stats")["system"]["comfyui_version"] != "0.3.75":
+        assert all(map(chinese, node)), node
     canvas.look_at()
     canvas.shot(f"chinese-{'nodes-2' if vue else 'litegraph'}")
+
+
+def test_panels_follow_when_the_language_is_changed(canvas: Canvas) -> None:
+    canvas.drop_workflow(TINY)
+    line, empty = canvas.page.locator(COST).first, canvas.page.locator(".mochi-video-player .mochi-video-caption")
+    expect(line).to_contain_text("19 frames")
+    canvas.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    expect(line).to_contain_text("19 帧")
+    assert chinese(empty.inner_text())
+    canvas.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    expect(line).to_contain_text("19 frames")
+    expect(empty).to_have_text("The video appears here when it is decoded.")

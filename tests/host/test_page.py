@@ -1,6 +1,7 @@
 """What the page is told and may ask: previews, warnings, costs, the player's files, lists of prompts."""
 
 import json
+import os
 import urllib.error
 import urllib.parse
 from typing import Any
@@ -150,6 +151,19 @@ def test_the_player_gets_a_file_of_each_clip_that_carries_the_prompt(host: Runni
         assert {name: node["inputs"] for name, node in made_by.items()} == {
             name: node["inputs"] for name, node in graph.nodes.items()
         }
+
+
+def test_the_players_files_do_not_fill_the_disk(host: RunningHost, graph: Graph) -> None:
+    folder = host.base / "temp" / "mochi_video"
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(80):
+        old = folder / f"old_{index}.mp4"
+        old.touch()
+        os.utime(old, (index, index))
+    files = decoded(host, graph, fps=26.0, player=True)
+    left = {path.name for path in folder.glob("*.mp4")}
+    assert len(left) == 64 and {file["filename"] for file in files} <= left
+    assert "old_0.mp4" not in left and "old_79.mp4" in left
 
 
 def test_without_the_player_no_file_is_written(host: RunningHost, graph: Graph) -> None:
