@@ -7,6 +7,8 @@ import { app } from '../../scripts/app.js'
 
 // Wires are followed no further than this: a graph that a file made circular has no end.
 const LONGEST_WAY = 50
+// What a link within a subgraph says of itself when it comes from outside.
+const SUBGRAPH_INPUT = -10
 
 /** The graph of the whole workflow, also on hosts that know it by its old name. */
 export function rootGraph() {
@@ -61,8 +63,50 @@ export function sourceOf(node, name, types) {
     const index = node.inputs?.findIndex((input) => input.name === name) ?? -1
     // What passes a value on without naming it so, such as a reroute, has one input.
     const slot = index >= 0 ? index : step > 0 && node.inputs?.length === 1 ? 0 : -1
-    node = slot >= 0 ? (node.getInputNode(slot) ?? null) : null
+    node = slot >= 0 ? originOf(node, slot) : null
     if (node && types.includes(String(node.type))) return node
+  }
+  return null
+}
+
+/**
+ * The node that an input's value is made by, in whichever subgraph that is.
+ * @param {Node} node
+ * @param {number} slot
+ * @returns {Node | null}
+ */
+function originOf(node, slot) {
+  /** @type {any} */
+  let graph = node.graph
+  let id = node.inputs[slot].link
+  for (let step = 0; graph && id != null && step < LONGEST_WAY; step++) {
+    const link = graph.getLink(id)
+    if (!link) return null
+    if (link.origin_id === SUBGRAPH_INPUT) {
+      const holder = holderOf(graph, rootGraph())
+      id = holder?.inputs[link.origin_slot]?.link ?? null
+      graph = holder?.graph
+      continue
+    }
+    const source = graph.getNodeById(link.origin_id)
+    if (!source?.subgraph) return source ?? null
+    id = source.subgraph.outputs[link.origin_slot]?.linkIds[0]
+    graph = source.subgraph
+  }
+  return null
+}
+
+/**
+ * A node that stands for `subgraph` in `graph` or in a subgraph of that.
+ * @param {any} subgraph
+ * @param {any} graph
+ * @returns {Node | null}
+ */
+function holderOf(subgraph, graph) {
+  for (const node of graph.nodes) {
+    if (!node.subgraph) continue
+    const found = node.subgraph === subgraph ? node : holderOf(subgraph, node.subgraph)
+    if (found) return found
   }
   return null
 }

@@ -33,9 +33,10 @@ NOT_OURS = (
     "api.comfy.org",
     "Failed to fetch",
     "firebase",
-    # in 0.3.75's frontend: a setting read before it is known, at every start in some; a subgraph being opened
+    # the frontend's own: a setting that is read before it is known, a subgraph being opened, its own haste at the start
     "at Proxy.set",
     "event listeners for graph that was never set up",
+    "graph accessed before initialization",
 )
 WORKFLOWS = comfyui.REPO / "workflows"
 TINY = WORKFLOWS / "text_to_video_tiny.json"
@@ -101,7 +102,10 @@ class Canvas:
             "() => Boolean(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.MochiVideoSize)"
         )
         # The page restores its last workflow a moment later.
-        self.page.wait_for_function("() => window.app.vueAppReady !== false && Boolean(window.app.graph)")
+        # Newer frontends complain of whoever asks for the graph before there is one.
+        self.page.wait_for_function(
+            "() => window.app.vueAppReady !== false && window.app.isGraphReady !== false && Boolean(window.app.graph)"
+        )
         self.page.wait_for_timeout(1000)
 
     def close(self) -> None:

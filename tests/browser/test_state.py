@@ -87,7 +87,10 @@ def test_in_a_subgraph_previews_and_videos_still_find_their_node(canvas: Canvas,
             canvas.openSubgraph(node.subgraph, node)
         }"""
     )
-    expect(canvas.page.locator(".mochi-video-cost").first).to_contain_text("19 frames")
+    line = canvas.page.locator(".mochi-video-cost").first
+    expect(line).to_contain_text("19 frames")
+    # The small model's: its loader has stayed outside.
+    expect(line).to_contain_text("sampling 3 MB")
     canvas.queue()
     expect(canvas.page.locator(".mochi-video-preview canvas")).to_be_visible()
     canvas.wait_for_end()
