@@ -2,8 +2,8 @@
 
 import { api } from '../../scripts/api.js'
 import { framesForSeconds, RELEASED_FPS, sizeOfPreset } from './grid.js'
-import { sourceOf, targetOf, valueOf } from './graph.js'
-import { addPanel, chain, element } from './panel.js'
+import { originOf, sourceOf, targetOf, valueOf } from './graph.js'
+import { addPanel, element } from './panel.js'
 import { text } from './text.js'
 
 /** @typedef {import('./types/host.js').Node} Node */
@@ -20,21 +20,14 @@ import { text } from './text.js'
  * @property {number | null} blocks
  * @property {number | null} resident
  * @property {number | null} seconds_a_step
+ * @property {boolean} dit_known
  */
 
 export const ROUTE = '/mochi_video/cost'
 const HEIGHT = 80
-const SECONDS_BETWEEN_LOOKS = 0.5
+const SECONDS_TO_ASK_AGAIN = 10
 const SAMPLERS = ['MochiVideoSampler', 'SamplerCustomAdvanced']
-
-/** @type {Set<CostLine>} */
-const lines = new Set()
-setInterval(() => lines.forEach((line) => line.look()), SECONDS_BETWEEN_LOOKS * 1000)
-
-/** Asks the server again: it knows better how long things take, or the page has another language. */
-export function askAgain() {
-  lines.forEach((line) => line.forget())
-}
+const SCHEDULES = ['MochiVideoSigmas', 'BasicScheduler']
 
 /** The line below one node, a size or a sampler. */
 export class CostLine {
@@ -45,20 +38,17 @@ export class CostLine {
     /** @type {Cost | null} */
     this.cost = null
     this.panel = element('div', { class: 'mochi-video-cost', role: 'status' })
-    addPanel(node, 'mochi_video_cost', this.panel, () => HEIGHT)
-    lines.add(this)
-    chain(node, 'onRemoved', () => lines.delete(this))
+    addPanel(node, 'mochi_video_cost', this.panel, HEIGHT)
     this.show()
   }
 
+  /** Asks again at the next look: the server knows better how long things take, or the page has another language. */
   forget() {
     this.asked = ''
   }
 
   /** Asks the server when what is set has changed. The graph tells nobody of all that may change it. */
   look() {
-    // Not yet placed, or in a workflow that is not on show.
-    if (!this.node.graph) return
     const question = this.question()
     const asked = JSON.stringify([question, this.steps()])
     if (asked === this.asked) return
@@ -69,9 +59,7 @@ export class CostLine {
 
   /** The node that says how large the video is: this one, or what this sampler's latents come from. */
   sizeNode() {
-    if (this.node.type === 'MochiVideoSize') return this.node
-    const name = this.node.type === 'SamplerCustomAdvanced' ? 'latent_image' : 'latent'
-    return sourceOf(this.node, name, ['MochiVideoSize'])
+    return this.node.type === 'MochiVideoSize' ? this.node : sourceOf(this.node, 'latent', ['MochiVideoSize'])
   }
 
   samplerNode() {
@@ -111,9 +99,11 @@ export class CostLine {
   steps() {
     const sampler = this.samplerNode()
     if (!sampler) return undefined
-    const sigmas = sourceOf(sampler, 'sigmas', ['MochiVideoSigmas', 'BasicScheduler'])
-    const hasOther = sampler.inputs?.some((input) => input.name === 'sigmas' && input.link != null)
-    const steps = sigmas ? valueOf(sigmas, 'steps') : hasOther ? undefined : valueOf(sampler, 'steps')
+    const slot = sampler.inputs?.findIndex((input) => input.name === 'sigmas' && input.link != null) ?? -1
+    // What lies between a schedule and a sampler may take only a part of it.
+    const origin = slot >= 0 ? originOf(sampler, slot) : null
+    const isSchedule = SCHEDULES.includes(String(origin?.type))
+    const steps = slot < 0 ? valueOf(sampler, 'steps') : origin && isSchedule ? valueOf(origin, 'steps') : undefined
     return steps === undefined ? undefined : Number(steps)
   }
 
@@ -130,7 +120,8 @@ export class CostLine {
       if (answer.ok) this.show(content, Number(question.frames))
       else this.show(null, 0, String(content.error))
     } catch {
-      // The server is away; the line says what it said, and asks again when something changes.
+      this.show(null, 0, text('noAnswer'))
+      setTimeout(() => this.forget(), SECONDS_TO_ASK_AGAIN * 1000)
     }
   }
 
@@ -157,11 +148,7 @@ export class CostLine {
 export function described(cost, frames, steps) {
   const seconds = (frames / RELEASED_FPS).toFixed(1)
   const size = [text('frames', { count: frames }), text('seconds', { seconds }), text('tokens', { count: grouped(cost.tokens) })]
-  const time =
-    cost.seconds_a_step === null || !steps
-      ? text('noTime')
-      : text('time', { time: duration(cost.seconds_a_step * steps), steps })
-  return [size.join(' · '), `${symbols[cost.verdict]} ${verdict(cost)}`, parts(cost), time].filter(Boolean)
+  return [size.join(' · '), `${symbols[cost.verdict]} ${verdict(cost)}`, parts(cost), time(cost, steps)].filter(Boolean)
 }
 
 const symbols = { fits: '✓', streams: '⇄', too_large: '✕' }
@@ -187,7 +174,19 @@ function parts(cost) {
     text('decode', { size: gigabytes(cost.decode_bytes) })
   ]
   // A CPU's weights lie where they were loaded, and are not counted.
-  return both.join(', ') + (cost.device === 'cpu' ? ` ${text('besideWeights')}` : '')
+  const said = both.join(', ') + (cost.device === 'cpu' ? ` ${text('besideWeights')}` : '')
+  return cost.dit_known ? said : text('released', { parts: said })
+}
+
+/**
+ * How long it will take, as far as the last run and the widgets tell.
+ * @param {Cost} cost
+ * @param {number | undefined} steps
+ */
+function time(cost, steps) {
+  if (cost.seconds_a_step === null) return text('noTime')
+  if (!steps) return text('aStep', { time: duration(cost.seconds_a_step) })
+  return text('time', { time: duration(cost.seconds_a_step * steps), steps })
 }
 
 /** @param {number} bytes */

@@ -1,5 +1,6 @@
 // The graph as something to paste elsewhere: an API prompt, a curl command, a Python script.
 
+import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { element } from './panel.js'
 import { text } from './text.js'
@@ -26,7 +27,7 @@ function body(queued) {
  */
 export function asCurl(queued, address) {
   return [
-    `curl --fail-with-body --header 'Content-Type: application/json' --data-binary @- ${address}/prompt <<'PROMPT'`,
+    `curl --fail-with-body --header 'Content-Type: application/json' --data-binary @- '${address}/prompt' <<'PROMPT'`,
     JSON.stringify(body(queued)),
     'PROMPT',
     ''
@@ -67,6 +68,10 @@ except urllib.error.HTTPError as error:
     raise SystemExit("The host refused the prompt: " + error.read().decode())
 print("Queued as", prompt_id)
 while prompt_id not in (history := call("/history/" + prompt_id)):
+    queue = call("/queue")
+    waiting = [entry[1] for entry in queue["queue_running"] + queue["queue_pending"]]
+    if prompt_id not in waiting and prompt_id not in call("/history/" + prompt_id):
+        raise SystemExit("The prompt is no longer in the queue")
     time.sleep(1)
 print(history[prompt_id]["status"]["status_str"])
 for node, output in history[prompt_id]["outputs"].items():
@@ -80,12 +85,10 @@ for node, output in history[prompt_id]["outputs"].items():
  * @param {(queued: Queued, address: string) => string} write
  */
 export async function copyGraph(write) {
-  // The host's address is what the page was loaded from, with the folder it may lie in.
-  const address = location.origin + location.pathname.replace(/\/+$/, '')
-  const content = write(await app.graphToPrompt(), address)
+  const content = write(await app.graphToPrompt(), location.origin + api.api_base)
   try {
     await navigator.clipboard.writeText(content)
-    app.extensionManager.toast.add({ severity: 'success', summary: text('warning'), detail: text('copied'), life: 3000 })
+    app.extensionManager.toast.add({ severity: 'success', summary: text('title'), detail: text('copied'), life: 3000 })
   } catch {
     // No clipboard without https, nor when the user forbids it.
     offer(content)

@@ -16,6 +16,21 @@ export function rootGraph() {
 }
 
 /**
+ * Every node of the workflow on show, those in subgraphs too.
+ * @param {any} [graph]
+ * @param {Set<any>} [seen]
+ * @returns {Generator<Node>}
+ */
+export function* allNodes(graph = rootGraph(), seen = new Set()) {
+  if (seen.has(graph)) return
+  seen.add(graph)
+  for (const node of graph.nodes ?? graph._nodes) {
+    yield node
+    if (node.subgraph) yield* allNodes(node.subgraph, seen)
+  }
+}
+
+/**
  * The node that the server calls `id`: within subgraphs that is a path such as `12:5`.
  * @param {string | number} id
  * @returns {Node | null}
@@ -75,7 +90,7 @@ export function sourceOf(node, name, types) {
  * @param {number} slot
  * @returns {Node | null}
  */
-function originOf(node, slot) {
+export function originOf(node, slot) {
   /** @type {any} */
   let graph = node.graph
   let id = node.inputs[slot].link
@@ -83,7 +98,7 @@ function originOf(node, slot) {
     const link = graph.getLink(id)
     if (!link) return null
     if (link.origin_id === SUBGRAPH_INPUT) {
-      const holder = holderOf(graph, rootGraph())
+      const holder = holderOf(graph)
       id = holder?.inputs[link.origin_slot]?.link ?? null
       graph = holder?.graph
       continue
@@ -97,18 +112,23 @@ function originOf(node, slot) {
 }
 
 /**
- * A node that stands for `subgraph` in `graph` or in a subgraph of that.
+ * A node that stands for `subgraph`.
  * @param {any} subgraph
- * @param {any} graph
  * @returns {Node | null}
  */
-function holderOf(subgraph, graph) {
-  for (const node of graph.nodes) {
-    if (!node.subgraph) continue
-    const found = node.subgraph === subgraph ? node : holderOf(subgraph, node.subgraph)
-    if (found) return found
-  }
+function holderOf(subgraph) {
+  for (const node of allNodes()) if (node.subgraph === subgraph) return node
   return null
+}
+
+/**
+ * What the server calls a node.
+ * @param {Node} node
+ * @returns {string}
+ */
+export function idOf(node) {
+  const holder = node.graph === rootGraph() ? null : holderOf(node.graph)
+  return holder ? `${idOf(holder)}:${node.id}` : String(node.id)
 }
 
 /**

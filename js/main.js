@@ -2,94 +2,153 @@
 
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
-import { askAgain, CostLine } from './cost.js'
+import { CostLine } from './cost.js'
 import { asCurl, asPrompt, asPython, copyGraph } from './export.js'
-import { nodeOf, rootGraph } from './graph.js'
-import { chain, element } from './panel.js'
-import { Player } from './player.js'
+import { allNodes, idOf, nodeOf, sourceOf } from './graph.js'
+import { element } from './panel.js'
+import { Player, shownOf } from './player.js'
 import { Preview } from './preview.js'
 import { keepToGrid } from './size.js'
 import { loadText, text } from './text.js'
 
 /** @typedef {import('./types/host.js').Node} Node */
+/** @typedef {import('./player.js').Shown} Shown */
 
 const WARNING_SECONDS = 12
+const SECONDS_BETWEEN_LOOKS = 0.5
 const PREFIX = 'MochiVideo'
+// Under this name a decode node reports what it has written for the player.
+const PLAYED = 'mochi_video'
 
-/** @type {Map<Node, Preview>} */
-const previews = new Map()
-/** @type {Map<Node, Player>} */
-const players = new Map()
-// What was decoded, by workflow and node: a graph is built anew when something is undone.
-/** @type {Map<string, unknown>} */
-const decoded = new Map()
+/**
+ * The panels of a node, for as long as there is the node.
+ * @type {WeakMap<Node, { cost?: CostLine, preview?: Preview, player?: Player }>}
+ */
+const panels = new WeakMap()
+/**
+ * The workflow that each prompt was queued from: another may be on show when the host tells of it.
+ * @type {Map<string, object | null>}
+ */
+const owners = new Map()
+/**
+ * What each workflow has decoded, by node: a node is made anew when something is undone or another workflow was on show.
+ * @type {WeakMap<object, Map<string, Shown>>}
+ */
+const decoded = new WeakMap()
 
 /** @param {string} name */
 const isOn = (name) => app.extensionManager.setting.get(`${PREFIX}.${name}`) !== false
 
 /** @type {Record<string, (node: Node) => void>} */
-const panels = {
+const made = {
   MochiVideoSize(node) {
     keepToGrid(node)
-    if (isOn('Cost')) new CostLine(node)
+    if (isOn('Cost')) panels.set(node, { cost: new CostLine(node) })
   },
   MochiVideoSampler(node) {
-    if (isOn('Cost')) new CostLine(node)
-    if (isOn('Preview')) keep(previews, node, new Preview(node))
+    const cost = isOn('Cost') ? new CostLine(node) : undefined
+    panels.set(node, { cost, preview: isOn('Preview') ? new Preview(node) : undefined })
+  },
+  MochiVideoGuider(node) {
+    if (isOn('Preview')) panels.set(node, { preview: new Preview(node) })
   },
   MochiVideoDecode(node) {
-    if (!isOn('Player')) return
-    const player = new Player(node)
-    keep(players, node, player)
-    chain(node, 'onExecuted', (output) => {
-      if (output?.mochi_video) decoded.set(placeOf(node), output.mochi_video)
-      player.show(output?.mochi_video)
-    })
+    if (isOn('Player')) panels.set(node, { player: new Player(node) })
+  }
+}
+
+/** @returns {object | null} */
+function workflowOnShow() {
+  return app.extensionManager.workflow?.activeWorkflow ?? null
+}
+
+/**
+ * The workflow that a prompt belongs to; of a prompt that something else queued, the one on show.
+ * @param {string} prompt
+ */
+function ownerOf(prompt) {
+  return owners.get(prompt) ?? workflowOnShow()
+}
+
+/** Notes from now on which workflow a prompt was queued from. The host tells only the prompt's name. */
+function noteOwners() {
+  const queue = api.queuePrompt
+  api.queuePrompt = async function (...values) {
+    const owner = workflowOnShow()
+    const answer = await queue.apply(this, values)
+    if (answer.prompt_id) owners.set(answer.prompt_id, owner)
+    return answer
   }
 }
 
 /**
- * Remembers a node's panel for as long as there is the node.
- * @template Panel
- * @param {Map<Node, Panel>} panels
- * @param {Node} node
- * @param {Panel} panel
+ * The node of a message, when its workflow is on show.
+ * @param {{ node: string, prompt_id: string }} message
  */
-function keep(panels, node, panel) {
-  panels.set(node, panel)
-  chain(node, 'onRemoved', () => panels.delete(node))
-}
-
-/** Words of ours, once the page's language has changed. */
-function translate() {
-  for (const panel of [...previews.values(), ...players.values()]) panel.translate()
-  askAgain()
-}
-
-/** @param {Node} node */
-function placeOf(node) {
-  return `${rootGraph().id}/${node.graph?.id}/${node.id}`
+function nodeOnShow(message) {
+  return ownerOf(message.prompt_id) === workflowOnShow() ? nodeOf(message.node) : null
 }
 
 /** @param {CustomEvent<any>} event */
 function onPreview({ detail }) {
-  const node = nodeOf(detail.node)
-  if (!node || !isOn('Preview')) return
-  // The host's own sampler shows one too, when our guider drives it.
-  if (!previews.has(node)) keep(previews, node, new Preview(node))
-  previews.get(node)?.show(detail)
+  const node = nodeOnShow(detail)
+  // The host's own sampler has no panel of ours; the guider that it samples with has.
+  const preview = node && (panels.get(node) ?? panels.get(sourceOf(node, 'guider', ['MochiVideoGuider']) ?? node))?.preview
+  preview?.show(detail)
+}
+
+/** @param {CustomEvent<any>} event */
+function onExecuted({ detail }) {
+  const owner = ownerOf(detail.prompt_id)
+  const shown = shownOf(detail.output?.[PLAYED])
+  if (!owner || !shown.clips.length) return
+  const ofOwner = decoded.get(owner) ?? new Map()
+  decoded.set(owner, ofOwner.set(String(detail.node), shown))
+  look()
 }
 
 /** @param {CustomEvent<any>} event */
 function onWarning({ detail }) {
   if (!isOn('Warnings')) return
-  const title = nodeOf(detail.node)?.title
+  const title = nodeOnShow(detail)?.title
   app.extensionManager.toast.add({
     severity: 'warn',
-    summary: title ? `${text('warning')}: ${title}` : text('warning'),
+    summary: title ? `${text('title')}: ${title}` : text('title'),
     detail: String(detail.text),
     life: WARNING_SECONDS * 1000
   })
+}
+
+/** @param {CustomEvent<any>} event */
+function onEnd({ detail }) {
+  owners.delete(detail.prompt_id)
+  for (const node of allNodes()) {
+    panels.get(node)?.preview?.end()
+    panels.get(node)?.cost?.forget()
+  }
+}
+
+/** Brings every panel up to date. The graph tells nobody of all that may change it: wires, subgraphs, other workflows. */
+function look() {
+  const workflow = workflowOnShow()
+  const shown = workflow ? decoded.get(workflow) : undefined
+  for (const node of allNodes()) {
+    const { cost, preview, player } = panels.get(node) ?? {}
+    cost?.look()
+    preview?.look()
+    const clips = player && shown?.get(idOf(node))
+    if (clips) player.show(clips)
+  }
+}
+
+/** Words of ours, once the page has another language. */
+function translate() {
+  for (const node of allNodes()) {
+    const { cost, preview, player } = panels.get(node) ?? {}
+    cost?.forget()
+    preview?.translate()
+    player?.translate()
+  }
 }
 
 /**
@@ -110,7 +169,7 @@ const commands = [
 /** Menu entries of the canvas; the host has no names in other languages for these. */
 function entries() {
   const options = commands.map(({ name, write }) => ({ content: text(name), callback: () => void copyGraph(write) }))
-  return [null, { content: text('warning'), has_submenu: true, submenu: { options } }]
+  return [null, { content: text('title'), has_submenu: true, submenu: { options } }]
 }
 
 /**
@@ -141,24 +200,22 @@ app.registerExtension({
   getCanvasMenuItems: entries,
   getNodeMenuItems: (node) => (String(node.type).startsWith(PREFIX) ? entries() : []),
 
-  init: loadText,
-
   setup() {
     const style = element('link', { rel: 'stylesheet', href: new URL('./style.css', import.meta.url).href })
     app.canvasEl.parentElement?.append(style)
+    noteOwners()
     listen('mochi_video.preview', onPreview)
     listen('mochi_video.warning', onWarning)
-    listen('execution_success', askAgain)
+    listen('executed', onExecuted)
+    for (const name of ['execution_success', 'execution_error', 'execution_interrupted']) listen(name, onEnd)
     // The setting has its new value only after this has been told.
     app.ui.settings.addEventListener('Comfy.Locale.change', () => setTimeout(translate))
+    // The page need not wait for our words.
+    loadText().then(translate, () => {})
+    setInterval(look, SECONDS_BETWEEN_LOOKS * 1000)
   },
 
   nodeCreated(node) {
-    panels[String(node.comfyClass ?? node.type)]?.(/** @type {Node} */ (node))
-  },
-
-  loadedGraphNode(node) {
-    const clips = decoded.get(placeOf(/** @type {Node} */ (node)))
-    if (clips) players.get(/** @type {Node} */ (node))?.show(clips)
+    made[String(node.comfyClass ?? node.type)]?.(/** @type {Node} */ (node))
   }
 })

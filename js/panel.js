@@ -7,50 +7,29 @@ const MARGIN = 8
 /**
  * Adds `element` to `node` as a widget that neither workflow files nor prompts know of.
  *
- * `height()` is what is in it now, in pixels. Returns what to call after that has changed: the node grows if it must.
+ * It is `height` pixels high from the beginning, whatever is in it: a node that grew while it runs would be a change of the
+ * workflow, to be undone. With `grows` it takes what room the node has besides.
  * @param {Node} node
  * @param {string} name
  * @param {HTMLElement} element
- * @param {() => number} height
+ * @param {number} height
+ * @param {boolean} [grows]
  */
-export function addPanel(node, name, element, height) {
-  const whole = () => height() + 2 * MARGIN
+export function addPanel(node, name, element, height, grows = false) {
+  const whole = height + 2 * MARGIN
   element.classList.add('mochi-video-panel')
+  // One renderer asks the widget, the other looks at the element.
+  element.style.minHeight = `${height}px`
   const widget = node.addDOMWidget?.(name, name, element, {
     serialize: false,
     hideOnZoom: false,
     margin: MARGIN,
-    getMinHeight: whole,
-    getMaxHeight: whole,
+    getMinHeight: () => whole,
+    ...(grows ? {} : { getMaxHeight: () => whole }),
     getValue: () => '',
     setValue: () => {}
   })
   if (widget) widget.serialize = false
-  // One renderer asks the widget, the other looks at the element.
-  const keepHeight = () => element.style.setProperty('min-height', `${height()}px`)
-  keepHeight()
-  return () => {
-    keepHeight()
-    const [width, least] = node.computeSize()
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)])
-    node.graph?.setDirtyCanvas(true, true)
-  }
-}
-
-/**
- * Runs `after` when `node` does what `name` says, after whatever else the host or others have there.
- * @param {Node} node
- * @param {'onRemoved' | 'onExecuted'} name
- * @param {(...values: any[]) => void} after
- */
-export function chain(node, name, after) {
-  /** @type {((...values: any[]) => any) | undefined} */
-  const before = node[name]
-  node[name] = function (/** @type {any[]} */ ...values) {
-    const result = before?.apply(this, values)
-    after(...values)
-    return result
-  }
 }
 
 /**
@@ -58,7 +37,7 @@ export function chain(node, name, after) {
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
  * @param {Record<string, string>} [attributes]
- * @param {(Node_ | string)[]} children
+ * @param {(globalThis.Node | string)[]} children
  * @returns {HTMLElementTagNameMap[Tag]}
  */
 export function element(tag, attributes = {}, ...children) {
@@ -67,5 +46,3 @@ export function element(tag, attributes = {}, ...children) {
   made.append(...children)
   return made
 }
-
-/** @typedef {globalThis.Node} Node_ */

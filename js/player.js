@@ -1,7 +1,7 @@
 // A player for the decoded video: frame by frame, with the keyboard too, and to keep.
 
 import { api } from '../../scripts/api.js'
-import { addPanel, chain, element } from './panel.js'
+import { addPanel, element } from './panel.js'
 import { text } from './text.js'
 
 /** @typedef {import('./types/host.js').Node} Node */
@@ -16,15 +16,32 @@ import { text } from './text.js'
  * @property {number} height
  */
 
-const EMPTY_HEIGHT = 26
-const CONTROLS_HEIGHT = 72
-const [LEAST_PICTURE, MOST_PICTURE] = [120, 420]
+const HEIGHT = 280
+
+/**
+ * What a player plays: it outlives the player, as a node is made anew when something is undone.
+ * @typedef {object} Shown
+ * @property {Clip[]} clips
+ * @property {number} index
+ * @property {number} frame
+ * @property {boolean} isPaused
+ */
+
+/**
+ * What a decode node reported, as far as it can be played.
+ * @param {unknown} reported
+ * @returns {Shown}
+ */
+export function shownOf(reported) {
+  const clips = Array.isArray(reported) ? reported.filter(isClip) : []
+  return { clips, index: 0, frame: 0, isPaused: false }
+}
 
 /**
  * @param {any} clip
  * @returns {clip is Clip}
  */
-export function isClip(clip) {
+function isClip(clip) {
   const numbers = [clip?.frames, clip?.fps, clip?.width, clip?.height]
   const names = [clip?.filename, clip?.subfolder, clip?.type]
   return numbers.every((value) => value > 0 && Number.isFinite(value)) && names.every((value) => typeof value === 'string')
@@ -34,11 +51,8 @@ export function isClip(clip) {
 export class Player {
   /** @param {Node} node */
   constructor(node) {
-    this.node = node
-    /** @type {Clip[]} */
-    this.clips = []
-    this.index = 0
-    this.frame = 0
+    /** @type {Shown} */
+    this.shown = { clips: [], index: 0, frame: 0, isPaused: false }
     this.video = element('video', { playsinline: '', preload: 'auto', tabindex: '-1' })
     this.video.muted = true
     this.loops = true
@@ -51,33 +65,30 @@ export class Player {
     this.download = element('a', { class: 'mochi-video-button', download: '' }, icon('pi-download'))
     this.position = element('input', { type: 'range', min: '0', step: '1', value: '0' })
     this.which = element('select', { hidden: '' })
-    this.count_ = element('output', { class: 'mochi-video-count' })
+    this.number = element('output', { class: 'mochi-video-count' })
     const row = element('div', { class: 'mochi-video-row' })
-    row.append(this.first, this.previous, this.toggle, this.next, this.last, this.repeat, this.which, this.count_)
+    row.append(this.first, this.previous, this.toggle, this.next, this.last, this.repeat, this.which, this.number)
     row.append(this.download)
     this.controls = element('div', { class: 'mochi-video-controls', hidden: '' }, this.position, row)
     this.empty = element('div', { class: 'mochi-video-caption' })
     this.panel = element('div', { class: 'mochi-video-player', role: 'group', tabindex: '0' })
     this.panel.append(this.video, this.controls, this.empty)
     this.listen()
-    this.fit = addPanel(node, 'mochi_video_player', this.panel, () => this.height)
-    chain(node, 'onRemoved', () => this.video.pause())
+    addPanel(node, 'mochi_video_player', this.panel, HEIGHT, true)
     this.translate()
     this.setLoop(true)
   }
 
   get clip() {
-    return this.clips[this.index]
+    return this.shown.clips[this.shown.index]
+  }
+
+  get frame() {
+    return this.shown.frame
   }
 
   get count() {
     return this.clip?.frames ?? 0
-  }
-
-  get height() {
-    if (!this.clip) return EMPTY_HEIGHT
-    const picture = (this.node.size[0] - 30) * (this.clip.height / this.clip.width)
-    return Math.min(MOST_PICTURE, Math.max(LEAST_PICTURE, picture)) + CONTROLS_HEIGHT
   }
 
   /**
@@ -119,35 +130,38 @@ export class Player {
   }
 
   /**
-   * What the decode node reported: the clips to play, the first one at once.
-   * @param {unknown} clips
+   * Plays clips, from where another player of them was left.
+   * @param {Shown} shown
    */
-  show(clips) {
-    const playable = Array.isArray(clips) ? clips.filter(isClip) : []
-    if (!playable.length) return
-    this.clips = playable
+  show(shown) {
+    if (shown === this.shown || !shown.clips.length) return
+    this.shown = shown
     this.controls.hidden = false
     this.empty.hidden = true
-    this.which.hidden = playable.length < 2
-    this.which.replaceChildren(...playable.map((_, index) => element('option', { value: `${index}` }, `${index + 1}`)))
-    this.open(0)
-    this.fit()
+    this.which.hidden = shown.clips.length < 2
+    const names = shown.clips.map((_, index) => element('option', { value: `${index}` }, `${index + 1}`))
+    this.which.replaceChildren(...names)
+    const { frame, isPaused } = shown
+    this.open(shown.index)
+    if (isPaused) this.seek(frame)
   }
 
   /** @param {number} index */
   open(index) {
-    this.index = index
-    const clip = this.clips[index]
+    this.shown.index = index
+    const { clip } = this
     const query = new URLSearchParams({ filename: clip.filename, subfolder: clip.subfolder, type: clip.type })
     const address = api.apiURL(`/view?${query}`)
     this.video.src = address
     this.download.href = address
     this.position.max = String(clip.frames - 1)
+    this.which.value = String(index)
     this.showFrame(0)
     if (!matchMedia('(prefers-reduced-motion: reduce)').matches) this.play()
   }
 
   play() {
+    this.shown.isPaused = false
     this.video.loop = this.loops
     // A browser may refuse to begin by itself; the button is there then.
     this.video.play().catch(() => this.showState())
@@ -155,6 +169,7 @@ export class Player {
 
   playOrPause() {
     if (!this.clip) return
+    this.shown.isPaused = !this.video.paused
     if (this.video.paused) this.play()
     else this.video.pause()
   }
@@ -168,7 +183,8 @@ export class Player {
     this.video.pause()
     // A video that loops goes on to the first frame when it is set to the last.
     this.video.loop = false
-    this.frame = Math.min(this.count - 1, Math.max(0, frame))
+    this.shown.frame = Math.min(this.count - 1, Math.max(0, frame))
+    this.shown.isPaused = true
     this.video.currentTime = (this.frame + 0.5) / this.clip.fps
     this.showNumber()
   }
@@ -183,7 +199,10 @@ export class Player {
   /** @param {KeyboardEvent} event */
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || !this.clip) return
-    const onControl = event.target instanceof HTMLElement && event.target.matches('button, a, select')
+    const target = event.target instanceof HTMLElement ? event.target : null
+    // A list is gone through with these keys.
+    if (target?.matches('select')) return event.stopPropagation()
+    const onControl = target?.matches('button, a')
     /** @type {Record<string, () => void>} */
     const actions = {
       ArrowLeft: () => this.seek(this.frame - 1),
@@ -195,7 +214,7 @@ export class Player {
       k: () => this.playOrPause(),
       l: () => this.setLoop(!this.loops)
     }
-    // A focused button or list has its own meaning for the space bar.
+    // A focused button has its own meaning for the space bar.
     if (!onControl) actions[' '] = () => this.playOrPause()
     const action = actions[event.key]
     // What is typed here is for the player: the canvas would move, or delete the node.
@@ -208,7 +227,7 @@ export class Player {
   /** @param {number} seconds */
   showFrame(seconds) {
     if (!this.clip) return
-    this.frame = Math.min(this.count - 1, Math.max(0, Math.floor(seconds * this.clip.fps + 1e-3)))
+    this.shown.frame = Math.min(this.count - 1, Math.max(0, Math.floor(seconds * this.clip.fps + 1e-3)))
     this.showNumber()
   }
 
@@ -216,7 +235,7 @@ export class Player {
     const said = text('frameOf', { frame: this.frame + 1, count: this.count })
     this.position.value = String(this.frame)
     this.position.setAttribute('aria-valuetext', said)
-    this.count_.textContent = said
+    this.number.textContent = said
   }
 
   showState() {

@@ -1,6 +1,6 @@
 // The clip while it is sampled, moving: the server sends its pictures in one JPEG, and a canvas plays them.
 
-import { addPanel, chain, element } from './panel.js'
+import { addPanel, element } from './panel.js'
 import { text } from './text.js'
 
 /** @typedef {import('./types/host.js').Node} Node */
@@ -17,35 +17,32 @@ import { text } from './text.js'
  */
 
 const IMAGE = /^data:image\/jpeg;base64,[A-Za-z0-9+/=]+$/
-const EMPTY_HEIGHT = 26
-const HEIGHT = 220
+const HEIGHT = 200
 
 /** The preview of one node. */
 export class Preview {
   /** @param {Node} node */
   constructor(node) {
-    this.node = node
     this.canvas = element('canvas', { role: 'img', hidden: '' })
-    this.caption = element('div', { class: 'mochi-video-caption', role: 'status' })
-    this.panel = element('div', { class: 'mochi-video-preview' }, this.canvas, this.caption)
+    this.caption = element('div', { class: 'mochi-video-caption' })
     /** @type {Strip | null} */
     this.strip = null
+    this.isSampling = false
     this.sheet = new Image()
     this.sheet.addEventListener('load', () => this.draw())
     this.picture = 0
     /** @type {ReturnType<typeof setInterval> | undefined} */
     this.timer = undefined
-    this.fit = addPanel(node, 'mochi_video_preview', this.panel, () => (this.strip ? HEIGHT : EMPTY_HEIGHT))
-    chain(node, 'onRemoved', () => this.stop())
+    addPanel(node, 'mochi_video_preview', element('div', { class: 'mochi-video-preview' }, this.canvas, this.caption), HEIGHT, true)
     this.translate()
   }
 
   /** Says what it shows in the page's language. */
   translate() {
     const { strip } = this
-    this.caption.textContent = strip
-      ? text('step', { step: Number(strip.step), steps: Number(strip.steps) })
-      : text('noPreview')
+    const steps = { step: Number(strip?.step), steps: Number(strip?.steps) }
+    const isCut = strip && !this.isSampling && steps.step < steps.steps
+    this.caption.textContent = strip ? text(isCut ? 'stopped' : 'step', steps) : text('noPreview')
     this.canvas.setAttribute('aria-label', this.caption.textContent)
   }
 
@@ -55,28 +52,35 @@ export class Preview {
    */
   show(strip) {
     if (!IMAGE.test(strip.image) || !(strip.count > 0 && strip.columns > 0 && strip.width > 0 && strip.fps > 0)) return
-    const isFirst = this.strip === null
-    const hasNewPace = strip.fps !== this.strip?.fps
+    if (strip.fps !== this.strip?.fps) this.stop()
     this.strip = strip
+    this.isSampling = true
     this.sheet.src = strip.image
     this.canvas.hidden = false
     this.translate()
-    if (isFirst) this.fit()
-    if (hasNewPace) this.start(strip.fps)
+    this.look()
   }
 
-  /** @param {number} fps */
-  start(fps) {
-    this.stop()
-    if (matchMedia('(prefers-reduced-motion: reduce)').matches) return
+  /** The run is over. */
+  end() {
+    this.isSampling = false
+    if (this.strip) this.translate()
+  }
+
+  /** Moves for as long as it is on the page. */
+  look() {
+    const { strip, canvas } = this
+    if (!strip || this.timer || !canvas.isConnected || matchMedia('(prefers-reduced-motion: reduce)').matches) return
     this.timer = setInterval(() => {
+      if (!canvas.isConnected) this.stop()
       this.picture += 1
       this.draw()
-    }, 1000 / fps)
+    }, 1000 / strip.fps)
   }
 
   stop() {
     clearInterval(this.timer)
+    this.timer = undefined
   }
 
   draw() {

@@ -9,7 +9,11 @@ const CUSTOM = 'custom'
 
 /** @param {Node} node */
 export function keepToGrid(node) {
-  after(node, 'frames', (widget) => set(widget, snapFrames(Number(widget.value))))
+  after(node, 'frames', (widget) => {
+    set(widget, snapFrames(Number(widget.value)))
+    // Whoever edits frames means frames.
+    set(widgetOf(node, 'seconds'), 0)
+  })
   after(node, 'preset', (widget) => {
     const size = sizeOfPreset(widget.value)
     if (!size) return
@@ -51,5 +55,8 @@ function after(node, name, action) {
  * @param {number | string} value
  */
 function set(widget, value) {
-  if (widget && widget.value !== value) widget.value = value
+  if (!widget || widget.value === value) return
+  widget.value = value
+  // One of the host's renderers shows what callbacks were told, and this one is still being told the old value.
+  queueMicrotask(() => widget.callback?.(value))
 }

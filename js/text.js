@@ -13,12 +13,15 @@ export async function loadText() {
 }
 
 /**
- * The words called `key`, with each `{name}` replaced; the key itself when there are none.
+ * The words called `key`, with each `{name}` replaced.
  * @param {string} key
  * @param {Record<string, string | number>} [values]
  */
 export function text(key, values = {}) {
   const language = String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en')
-  const found = languages[language]?.mochiVideo?.[key] ?? languages.en?.mochiVideo?.[key] ?? key
+  const wanted = [language, language.split('-')[0], 'en']
+  const found = wanted.map((one) => languages[one]?.mochiVideo?.[key]).find((words) => words !== undefined)
+  // Without any words the values are still worth reading.
+  if (found === undefined) return [key, ...Object.values(values)].join(' ')
   return found.replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole))
 }

@@ -8,10 +8,10 @@ from mochi_core.config import TINY
 from mochi_core.dit.flops import visual_tokens
 from mochi_core.errors import MemoryBudgetError
 from mochi_core.memory.plan import Networks, Plan, plan
-from mochi_core.shapes import RELEASED_FPS, VideoSize
+from mochi_core.shapes import VideoSize
 from mochi_core.text.t5 import empty_t5
 from mochi_core.vae import Decoder
-from mochi_core.weights.build import load_dit
+from mochi_core.weights.build import dit_outline
 
 from ._runs import RUNS
 
@@ -27,7 +27,6 @@ class Cost:
     """
 
     tokens: int
-    video_seconds: float
     verdict: str
     device: str
     available_bytes: int
@@ -49,7 +48,7 @@ def networks_of(path: str | None) -> Networks:
     text = empty_t5(TINY.text)
     if path is None:
         return replace(released, text=text)
-    dit = load_dit(path)[0].to("meta")
+    dit = dit_outline(path)
     if dit.config == TINY.dit:
         return Networks(text, dit, Decoder(TINY.vae, device="meta"))
     return Networks(text, dit, released.decoder)
@@ -65,7 +64,6 @@ def cost(
     config, latent = networks.dit.config, size.latent
     known = Cost(
         visual_tokens(config, latent),
-        size.frames / RELEASED_FPS,
         TOO_LARGE,
         device.type,
         available,

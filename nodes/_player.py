@@ -1,6 +1,7 @@
 """The MP4 that the decode node's player shows, in the host's temporary folder."""
 
 import logging
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ FOLDER = "mochi_video"
 # What is held twice while it is written.
 FRAMES_AT_ONCE = 30
 # A host that runs for weeks decodes thousands of clips; what is older than these is no longer looked at.
-KEPT = 64
+KEPT, OLD_SECONDS = 64, 3600
 
 
 def written(frames: torch.Tensor, fps: float, folder: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
@@ -37,6 +38,11 @@ def written(frames: torch.Tensor, fps: float, folder: Path, metadata: dict[str, 
 
 
 def _delete_old(folder: Path) -> None:
-    files = sorted(folder.glob("*.mp4"), key=lambda file: file.stat().st_mtime_ns)
+    """All but the newest; what is newer than an hour may be of a list that is still being made."""
+    files = sorted(folder.glob("*.mp4"), key=lambda file: file.stat().st_mtime)
     for file in files[:-KEPT]:
-        file.unlink(missing_ok=True)
+        try:
+            if time.time() - file.stat().st_mtime > OLD_SECONDS:
+                file.unlink(missing_ok=True)
+        except OSError:  # some systems delete no file that a page is reading
+            continue

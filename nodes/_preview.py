@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mochi_core.errors import MochiError
 from mochi_core.preview import LatentColours
 from mochi_core.shapes import FRAMES_PER_LATENT, RELEASED_FPS
+
+log = logging.getLogger("mochi_video")
 
 # Pages get a preview no more often, and none larger: of the released size, noise makes 340,000 characters.
 SECONDS_BETWEEN = 0.5
@@ -57,27 +59,28 @@ def with_previews(
     callback: Callable[..., None] | None,
     colours: LatentColours | None,
     send: Callable[[dict[str, Any]], None],
+    wanted: Callable[[], bool],
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[..., None]:
     """The host's callback after each step, followed by a preview of the first clip.
 
     `send` gets the strip with the `step` and how many `steps` there are: at most one each `SECONDS_BETWEEN`, and the
-    last. With nobody who knows the colours there are none.
+    last. There are none while they are not `wanted`, or without colours. A preview that fails is a warning.
     """
     sent = -math.inf
 
     def after_step(step: int, denoised: torch.Tensor, latents: torch.Tensor, steps: int, *rest: Any) -> None:
-        nonlocal sent
+        nonlocal sent, colours
         if callback is not None:
             callback(step, denoised, latents, steps, *rest)
         due = clock() - sent >= SECONDS_BETWEEN or step + 1 == steps
-        if colours is None or denoised is None or denoised.ndim != 5 or not due:
+        if colours is None or denoised is None or denoised.ndim != 5 or not due or not wanted():
             return
         try:
-            pictures = colours.pictures(denoised[0])
-        except MochiError:  # latents of another model: the run itself will say so
-            return
-        send({"step": step + 1, "steps": steps, **asdict(strip(pictures))})
+            send({"step": step + 1, "steps": steps, **asdict(strip(colours.pictures(denoised[0])))})
+        except Exception as error:  # whatever it is, the sampling goes on
+            colours = None
+            log.warning("There are no more previews of this run: %s", error)
         sent = clock()
 
     return after_step

@@ -32,10 +32,16 @@ def send(event: str, data: dict[str, Any]) -> None:
     found.send_sync(event, {"node": running.node_id, "prompt_id": running.prompt_id, **data}, found.client_id)
 
 
+def listened_to() -> bool:
+    """Whether whoever queued the running prompt is there to be told of it."""
+    found = server()
+    return found is not None and found.client_id is not None and found.client_id in found.sockets
+
+
 def previewed(callback: Callable[..., None] | None, latent_format: Any) -> Callable[..., None]:
     """A sampler's callback that also sends moving previews."""
     colours = getattr(latent_format, "colours", None)
-    return with_previews(callback, colours, lambda data: send(PREVIEW, data))
+    return with_previews(callback, colours, lambda data: send(PREVIEW, data), listened_to)
 
 
 class _ToPage(logging.Handler):

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,20 +21,32 @@ NO_LORA = "none"
 OTHER_FILES = {".gguf", ".json", ".model"}
 # What belongs to a file or folder and lies beside it: a LoRA's settings, a VAE's statistics, a T5's tokenizer.
 BESIDE = ("adapter_config.json", "vae/config.json", "tokenizer")
-# The host looks at a prompt in one thread while it runs another in a second one.
-_LISTING = threading.Lock()
+# What was listed: by folder its roots, when they and the folders in them had changed, the names.
+_listed: dict[str, tuple[tuple[str, ...], dict[str, float], list[str]]] = {}
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def _other_files(folder: str) -> list[str]:
-    """Files of a model folder with endings that the host does not look for, through the host's cached listing."""
-    key = f"mochi_video_{folder}"
-    with _LISTING:
-        folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), OTHER_FILES)
-        try:
-            return folder_paths.get_filename_list(key)
-        finally:  # its list of model folders is shown to users
-            del folder_paths.folder_names_and_paths[key]
+    """Files of a model folder with endings that the host does not look for; looked up again when a folder changed."""
+    roots = tuple(folder_paths.get_folder_paths(folder))
+    known = _listed.get(folder)
+    if known is None or known[0] != roots or any(_changed(path) != time for path, time in known[1].items()):
+        times: dict[str, float] = {root: _changed(root) for root in roots}
+        names: set[str] = set()
+        for root in roots:
+            files, folders = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+            names.update(folder_paths.filter_files_extensions(files, list(OTHER_FILES)))
+            times |= {path: _changed(path) for path in folders}
+        # Assigned whole: the host lists in one thread while it runs a prompt in another.
+        known = _listed[folder] = (roots, times, sorted(names))
+    return known[2]
+
+
+def _changed(path: str) -> float:
+    try:
+        return Path(path).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _weight_folders(others: Sequence[str]) -> list[str]:

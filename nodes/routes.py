@@ -1,6 +1,7 @@
 """What the page may ask the host about our nodes."""
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -20,11 +21,14 @@ from .native_dit import MEMORY
 
 COST = "/mochi_video/cost"
 LARGEST_BATCH = 64
+# Several lines of a page ask at once; one of them makes the networks.
+_ASKING = threading.Lock()
 
 
 def add_routes(routes: Any) -> None:
-    """Adds ours to the host's route table."""
-    routes.get(COST)(cost_of_request)
+    """Adds ours to the host's route table, unless another copy of this pack has: the host refuses to start with two."""
+    if not any(getattr(route, "path", None) == COST for route in routes):
+        routes.get(COST)(cost_of_request)
 
 
 async def cost_of_request(request: web.Request) -> web.Response:
@@ -49,10 +53,12 @@ def answered(query: Mapping[str, str]) -> dict[str, Any]:
     memory = query.get("memory", MEMORY[0])
     if memory not in MEMORY:
         raise MochiError(f"memory is {memory!r}", f"it must be one of {', '.join(MEMORY)}", "Choose one of them")
-    name = query.get("dit_name", "")
-    device, available = _host.sampling_device(), _host.usable_memory(_host.sampling_device())
-    found = cost(_networks(*_file(name)), size, device, available, batch=batch, memory=memory)
-    return {**asdict(found), "dit_known": bool(_file(name)[0])}
+    path, stamp = _file(query.get("dit_name", ""))
+    with _ASKING:
+        networks = _networks(path, stamp)
+    device = _host.sampling_device()
+    found = cost(networks, size, device, _host.usable_memory(device), batch=batch, memory=memory)
+    return {**asdict(found), "dit_known": path is not None}
 
 
 def _whole(query: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,6 +119,18 @@ def load_dit(
 
 
 # VAE
+
+
+def dit_outline(path: str | Path) -> AsymmDiT:
+    """The network that `load_dit` makes of a file, on the meta device: as large, with nothing read but the header.
+
+    Raises as `load_dit` does.
+    """
+    file = open_dit(path)
+    network = AsymmDiT(file.config, device="meta")
+    outlines = {name: replace(entry, load=partial(formats.stand_in, entry)) for name, entry in file.entries.items()}
+    _fill(network, outlines, file.path, compute_dtype(file.entries), keep_quantized=True)
+    return network.eval()
 
 
 def load_vae(path: str | Path, *, dtype: torch.dtype | None = None, operations: ModuleType | Any = nn) -> VAE:

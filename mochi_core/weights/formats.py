@@ -78,6 +78,20 @@ class Entry:
         return self.kind in PLAIN
 
 
+def stand_in(entry: Entry) -> Weight:
+    """A weight of the entry's shape and kind without its values, on the meta device: nothing is read."""
+    meta = torch.device("meta")
+    kind = entry.kind.removesuffix(" scaled")
+    if entry.kind in BLOCK_FORMATS:
+        block = BLOCK_FORMATS[entry.kind]
+        rows, columns = entry.shape
+        return Packed(torch.empty(rows, columns // block.values * block.bytes, dtype=torch.uint8, device=meta), block)
+    weight = torch.empty(entry.shape, dtype=FLOAT8.get(kind, torch.float32), device=meta)
+    if entry.scales is None:
+        return weight
+    return Scaled(weight, torch.empty(entry.scales.shape, device=meta))
+
+
 @dataclass(frozen=True)
 class Scales:
     """What stands beside a scaled weight: the shape of its scale, and the fields of `Scaled` of the same names."""

@@ -32,6 +32,33 @@ def test_presets_fill_the_size_and_an_own_size_is_custom(shared: Canvas) -> None
     assert [shared.value("MochiVideoSize", name) for name in ("preset", "width")] == ["custom", 656]
 
 
+def field(canvas: Canvas, name: str):
+    """An input of the size node as Nodes 2.0 shows it."""
+    node = canvas.page.locator(f'[data-node-id="{canvas.node("MochiVideoSize")}"]')
+    return node.locator(f'input[aria-label="{name}"], [aria-label="{name}"] input').first
+
+
+def test_in_nodes_2_fields_that_are_typed_into_show_what_the_model_will_make(opened: Callable[..., Canvas]) -> None:
+    canvas = opened(vue=True)
+    canvas.drop_workflow(TINY)
+    canvas.look_at(["MochiVideoSize"])
+    for name, typed, made in (("frames", "27", "25"), ("width", "650", "656")):
+        field(canvas, name).fill(typed)
+        field(canvas, name).press("Enter")
+        expect(field(canvas, name)).to_have_value(made)
+        assert canvas.value("MochiVideoSize", name) == int(made)
+    assert canvas.value("MochiVideoSize", "preset") == "custom"
+
+
+def test_an_edit_of_frames_is_not_overruled_by_seconds(canvas: Canvas) -> None:
+    canvas.drop_workflow(TINY)
+    canvas.set("MochiVideoSize", "seconds", 2.0)
+    expect(canvas.page.locator(COST).first).to_contain_text("61 frames")
+    canvas.set("MochiVideoSize", "frames", 37)
+    canvas.wait_for_value("MochiVideoSize", "seconds", 0)
+    expect(canvas.page.locator(COST).first).to_contain_text("37 frames")
+
+
 def test_the_cost_follows_the_size_the_model_and_the_steps(canvas: Canvas) -> None:
     canvas.drop_workflow(TINY)
     line = canvas.page.locator(COST).first
@@ -47,6 +74,7 @@ def test_the_cost_follows_the_size_the_model_and_the_steps(canvas: Canvas) -> No
     canvas.set("MochiVideoSize", "preset", "848x480 (released)")
     canvas.set("MochiVideoSize", "frames", 163)
     expect(line).to_contain_text("44\u202f520 tokens")
+    expect(line).to_contain_text("released model: sampling")
     expect(line).to_contain_text("known after a first run")
     canvas.set("MochiVideoSize", "preset", "custom")
     canvas.set("MochiVideoSize", "width", 4096)
@@ -58,6 +86,15 @@ def test_the_cost_follows_the_size_the_model_and_the_steps(canvas: Canvas) -> No
     canvas.set("MochiVideoSize", "preset", "640x368 fast")
     canvas.set("MochiVideoSize", "frames", 37)
     expect(line).to_have_attribute("data-verdict", "streams")
+
+
+def test_a_host_that_does_not_answer_is_said_and_asked_again(canvas: Canvas) -> None:
+    canvas.page.route("**/mochi_video/cost**", lambda route: route.fulfill(status=404, body="not found"))
+    canvas.drop_workflow(TINY)
+    line = canvas.page.locator(COST).first
+    expect(line).to_contain_text("The host does not say what this costs.")
+    canvas.page.unroute("**/mochi_video/cost**")
+    expect(line).to_contain_text("64 tokens", timeout=20_000)
 
 
 def test_a_size_that_a_wire_decides_has_no_figure(shared: Canvas) -> None:
@@ -84,13 +121,14 @@ def test_what_the_server_says_is_text(canvas: Canvas) -> None:
         """([words, sampler, decode]) => {
             const send = (name, detail) => window.app.api.dispatchEvent(new CustomEvent(name, { detail }))
             window.app.graph.getNodeById(sampler).title = words
-            send('mochi_video.warning', { node: String(sampler), text: words })
-            send('mochi_video.preview', { node: String(sampler), step: words, steps: words, count: 1, columns: 1,
+            const from = { node: String(sampler), prompt_id: words }
+            send('mochi_video.warning', { ...from, text: words })
+            send('mochi_video.preview', { ...from, step: words, steps: words, count: 1, columns: 1,
                 width: 1, height: 1, fps: 5, image: 'data:image/svg+xml,' + words })
-            send('mochi_video.preview', { node: words })
+            send('mochi_video.preview', { ...from, node: words })
             const clip = { filename: words, subfolder: words, type: words, frames: 1, fps: 1, width: 1, height: 1 }
             const output = { mochi_video: [clip, null, words, { ...clip, fps: words }] }
-            window.app.graph.getNodeById(decode).onExecuted(output)
+            send('executed', { ...from, node: String(decode), output })
         }""",
         [HOSTILE, sampler, decode],
     )

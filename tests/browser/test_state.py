@@ -1,5 +1,7 @@
 """What was set stays set: saved, reloaded, undone, copied, and in a subgraph."""
 
+import json
+
 from playwright.sync_api import expect
 
 from scripts.page import TINY, Canvas
@@ -49,6 +51,53 @@ def test_undo_and_redo_keep_values_and_the_decoded_video(canvas: Canvas) -> None
     canvas.command("Comfy.Redo")
     canvas.wait_for_value("MochiVideoSize", "frames", 25)
     assert canvas.page.locator(PLAYER).count() == 1, "panels of the graph before are gone"
+
+
+def test_a_run_is_no_change_of_the_workflow(canvas: Canvas) -> None:
+    """Nodes of the least size do not grow when they get something to show: undo takes back what the user did."""
+    canvas.drop_workflow(TINY)
+    canvas.page.evaluate(
+        """() => window.app.graph._nodes.filter((node) => node.type.startsWith('MochiVideo'))
+            .forEach((node) => node.setSize(node.computeSize()))"""
+    )
+    canvas.set("MochiVideoSampler", "steps", 4)
+    canvas.changed()
+    for frames in (25, 31):
+        canvas.set("MochiVideoSize", "frames", frames)
+        canvas.changed()
+    sizes = {node["id"]: node["size"] for node in canvas.graph()["nodes"] if node["type"].startswith("MochiVideo")}
+    canvas.run()
+    expect(canvas.page.locator(f"{PLAYER} video")).to_be_visible()
+    canvas.changed()
+    after = {node["id"]: node["size"] for node in canvas.graph()["nodes"] if node["type"].startswith("MochiVideo")}
+    assert after == sizes
+    for frames in (25, 19):
+        canvas.command("Comfy.Undo")
+        canvas.wait_for_value("MochiVideoSize", "frames", frames)
+        canvas.changed()
+        expect(canvas.page.locator(f"{PLAYER} video")).to_be_visible()
+
+
+def test_what_one_workflow_makes_is_not_shown_in_another(canvas: Canvas) -> None:
+    canvas.drop_workflow(TINY)
+    canvas.set("MochiVideoSampler", "steps", 150)
+    canvas.queue()
+    canvas.command("Comfy.NewBlankWorkflow")
+    canvas.page.wait_for_function("() => !window.app.graph._nodes.some((node) => node.type === 'MochiVideoSampler')")
+    canvas.page.evaluate("graph => window.app.loadGraphData(graph)", json.loads(TINY.read_text(encoding="utf-8")))
+    canvas.page.wait_for_function("() => window.app.graph._nodes.some((node) => node.type === 'MochiVideoDecode')")
+    canvas.wait_for_end()
+    canvas.page.wait_for_timeout(1200)
+    expect(canvas.page.locator(".mochi-video-preview canvas")).to_be_hidden()
+    expect(canvas.page.locator(f"{PLAYER} video")).to_be_hidden()
+    canvas.page.evaluate(
+        """() => {
+            const { workflow } = window.app.extensionManager
+            const own = workflow.openWorkflows.find((one) => one.path.includes('text_to_video_tiny'))
+            return window.app.loadGraphData(own.activeState, true, true, own)
+        }"""
+    )
+    expect(canvas.page.locator(f"{PLAYER} video")).to_be_visible()
 
 
 def test_copied_nodes_have_their_values_and_panels_of_their_own(canvas: Canvas) -> None:

@@ -58,14 +58,17 @@ def paced():
     """Steps of an eighth of a second: which of them were sent."""
     now, sent, called = [0.0], [], []
     colours = LatentColours(tuple((1.0, 1.0, 1.0) for _ in range(12)))
-    after = preview.with_previews(lambda *step: called.append(step[0]), colours, sent.append, lambda: now[0])
+    after = preview.with_previews(
+        lambda *step: called.append(step[0]), colours, sent.append, lambda: True, lambda: now[0]
+    )
     for step in range(20):
         after(step, torch.zeros(1, 12, 2, 8, 8), None, 20)
         now[0] += 0.125
-    strangers = preview.with_previews(None, None, sent.append)
-    strangers(0, torch.zeros(1, 12, 2, 8, 8), None, 1)
-    preview.with_previews(None, colours, sent.append)(0, torch.zeros(1, 16, 2, 8, 8), None, 1)  # another model's
-    preview.with_previews(None, colours, sent.append)(0, torch.zeros(1, 12, 8, 8), None, 1)  # a picture's
+    clip, yes = torch.zeros(1, 12, 2, 8, 8), lambda: True
+    preview.with_previews(None, None, sent.append, yes)(0, clip, None, 1)
+    preview.with_previews(None, colours, sent.append, lambda: False)(0, clip, None, 1)
+    preview.with_previews(None, colours, sent.append, yes)(0, torch.zeros(1, 16, 2, 8, 8), None, 1)  # another model's
+    preview.with_previews(None, colours, sent.append, yes)(0, torch.zeros(1, 12, 8, 8), None, 1)  # a picture's
     return {"sent": [data["step"] for data in sent], "called": len(called), "steps": sent[0]["steps"]}
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from mochi_core.config import TINY
 from mochi_core.errors import ConfigError, WeightsError
 from mochi_core.latents import MOCHI_1_STATISTICS
+from mochi_core.memory.blocks import block_bytes
 from mochi_core.weights import build
 from mochi_core.weights.checkpoint import Checkpoint
+from mochi_core.weights.convert import convert
 
 FILES = {"dit": build.TINY_DIT, "vae": build.TINY_VAE, "t5": build.TINY_T5}
 LOADERS = {"dit": build.load_dit, "vae": build.load_vae, "t5": build.load_t5}
@@ -286,3 +289,22 @@ def test_a_scalar_where_the_width_is_read(changed):
 def test_an_epsilon_without_a_point(changed):
     config = json.loads(Checkpoint(build.TINY_T5).metadata["config"]) | {"layer_norm_epsilon": 1}
     assert build.load_t5(changed("t5", metadata={"config": json.dumps(config)})).config.layer_norm_epsilon == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "format"),
+    [("diffusers", "bf16"), ("genmo", "q8_0"), ("genmo", "q4_0"), ("comfy", "fp8"), ("comfy", "fp8_scaled")],
+)
+def test_an_outline_is_as_large_as_the_network_and_reads_no_weight(tmp_path, monkeypatch, layout, format):
+    path = tmp_path / "dit.safetensors"
+    convert(build.TINY_DIT, path, layout=layout, format=format)
+    network = build.load_dit(path)[0]
+    opened = build.open_dit(path)
+    unread = {name: dataclasses.replace(entry, load=None) for name, entry in opened.entries.items()}
+    monkeypatch.setattr(build, "open_dit", lambda path: dataclasses.replace(opened, entries=unread))
+    outline = build.dit_outline(path)
+    assert block_bytes(outline.blocks) == block_bytes(network.blocks)
+    assert [(name, p.shape, p.dtype) for name, p in outline.named_parameters()] == [
+        (name, p.shape, p.dtype) for name, p in network.named_parameters()
+    ]
+    assert all(tensor.is_meta for tensor in (*outline.parameters(), *outline.buffers()))
