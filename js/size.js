@@ -46,6 +46,8 @@ function after(node, name, action) {
   widget.callback = function (...values) {
     const result = before?.apply(this, values)
     action(widget)
+    // The host's own rounding may have changed it too.
+    if (!Object.is(widget.value, values[0])) tell(widget)
     return result
   }
 }
@@ -55,8 +57,15 @@ function after(node, name, action) {
  * @param {number | string} value
  */
 function set(widget, value) {
-  if (!widget || widget.value === value) return
+  if (!widget || Object.is(widget.value, value)) return
   widget.value = value
-  // One of the host's renderers shows what callbacks were told, and this one is still being told the old value.
-  queueMicrotask(() => widget.callback?.(value))
+  tell(widget)
+}
+
+/**
+ * One of the host's renderers shows what callbacks were told last, and it is still telling the value that was typed.
+ * @param {Widget} widget
+ */
+function tell(widget) {
+  setTimeout(() => widget.callback?.(widget.value))
 }

@@ -43,8 +43,9 @@ def test_in_nodes_2_fields_that_are_typed_into_show_what_the_model_will_make(ope
     canvas.drop_workflow(TINY)
     canvas.look_at(["MochiVideoSize"])
     for name, typed, made in (("frames", "27", "25"), ("width", "650", "656")):
-        field(canvas, name).fill(typed)
-        field(canvas, name).press("Enter")
+        field(canvas, name).click(click_count=3)
+        canvas.page.keyboard.type(typed)
+        canvas.page.keyboard.press("Enter")
         expect(field(canvas, name)).to_have_value(made)
         assert canvas.value("MochiVideoSize", name) == int(made)
     assert canvas.value("MochiVideoSize", "preset") == "custom"
