@@ -43,7 +43,8 @@ def test_in_nodes_2_fields_that_are_typed_into_show_what_the_model_will_make(ope
     canvas.drop_workflow(TINY)
     canvas.look_at(["MochiVideoSize"])
     for name, typed, made in (("frames", "27", "25"), ("width", "650", "656")):
-        field(canvas, name).click(click_count=3)
+        field(canvas, name).focus()
+        canvas.page.keyboard.press("ControlOrMeta+a")
         canvas.page.keyboard.type(typed)
         canvas.page.keyboard.press("Enter")
         expect(field(canvas, name)).to_have_value(made)
