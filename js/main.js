@@ -70,15 +70,34 @@ function ownerOf(prompt) {
   return owners.get(prompt) ?? workflowOnShow()
 }
 
-/** Notes from now on which workflow a prompt was queued from. The host tells only the prompt's name. */
-function noteOwners() {
-  const queue = api.queuePrompt
-  api.queuePrompt = async function (...values) {
-    const owner = workflowOnShow()
-    const answer = await queue.apply(this, values)
-    if (answer.prompt_id) owners.set(answer.prompt_id, owner)
-    return answer
+/**
+ * Workflows that have queued a prompt which has not begun, in their order; and how many prompts began before the page
+ * knew that they were queued. The host names a prompt only when it begins.
+ * @type {(object | null)[]}
+ */
+const waiting = []
+let early = 0
+
+/** @param {CustomEvent<any>} event */
+function onQueued({ detail }) {
+  for (let count = Number(detail?.batchCount ?? 1); count > 0; count--) {
+    if (early) early -= 1
+    else waiting.push(workflowOnShow())
   }
+}
+
+/** @param {CustomEvent<any>} event */
+function onStart({ detail }) {
+  if (!waiting.length) early += 1
+  owners.set(detail.prompt_id, waiting.length ? (waiting.shift() ?? null) : workflowOnShow())
+}
+
+/** @param {CustomEvent<any>} event */
+function onStatus({ detail }) {
+  if (detail?.exec_info?.queue_remaining !== 0) return
+  // Prompts that were refused or taken out of the queue never begin.
+  waiting.length = 0
+  early = 0
 }
 
 /**
@@ -203,7 +222,9 @@ app.registerExtension({
   setup() {
     const style = element('link', { rel: 'stylesheet', href: new URL('./style.css', import.meta.url).href })
     app.canvasEl.parentElement?.append(style)
-    noteOwners()
+    listen('promptQueued', onQueued)
+    listen('execution_start', onStart)
+    listen('status', onStatus)
     listen('mochi_video.preview', onPreview)
     listen('mochi_video.warning', onWarning)
     listen('executed', onExecuted)

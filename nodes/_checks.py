@@ -3,9 +3,10 @@
 Each function returns what is wrong with a value, or the empty text: `a(...) or b(...) or True` answers the host's
 `validate_inputs`. When a prompt is queued, a value that comes over a wire is None and passes; `at_run` looks again.
 
-The host checks neither options nor ranges of inputs that `validate_inputs` names.
+The host checks neither options nor ranges of inputs that `validate_inputs` names, and repeats its answer for each.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,9 +44,11 @@ def out_of_range(node: type[io.ComfyNode], **values: float | None) -> str:
         one.id: (one.min, one.max) for one in node.define_schema().inputs if getattr(one, "max", None) is not None
     }
     for name, value in values.items():
-        least, most = ranges[name]
         # What is no number at all the host refuses by itself.
-        if isinstance(value, int | float) and not least <= value <= most:
+        if name not in ranges or not isinstance(value, int | float):
+            continue
+        least, most = ranges[name]
+        if not least <= value <= most:
             return f"{name} is {value}: it must be from {least} to {most}. Use a number of that range."
     return ""
 
@@ -62,10 +65,12 @@ def refused_by(check: Callable[..., Any], *values: Any) -> str:
 
 
 def at_run(node: type[io.ComfyNode], **inputs: Any) -> None:
-    """What a node does first: all its inputs are known now. Raises `InputError` on a wrong one."""
+    """What a node does first: all inputs are known now, and the host lets NaN pass. Raises `InputError`."""
     for name, value in inputs.items():
         if value is None:
             raise InputError(f"{name} is null: it must have a value. Leave it out for its default, or set it.")
-    answer = node.validate_inputs(**inputs)
-    if answer is not True:
-        raise InputError(answer)
+    named = inspect.signature(node.validate_inputs).parameters
+    answer = node.validate_inputs(**{name: value for name, value in inputs.items() if name in named})
+    wrong = answer if answer is not True else out_of_range(node, **inputs)
+    if wrong:
+        raise InputError(wrong)

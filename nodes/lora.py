@@ -54,12 +54,8 @@ class MochiVideoLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None = None, strength: float | None = None) -> bool | str:
-        return (
-            native_files.no_such_lora("lora_name", lora_name, FOLDERS)
-            or _checks.out_of_range(cls, strength=strength)
-            or True
-        )
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return native_files.no_such_lora("lora_name", lora_name, FOLDERS) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> str:
@@ -97,15 +93,10 @@ class MochiVideoLoraStack(io.ComfyNode):
         lora_2: str | None = None,
         lora_3: str | None = None,
         lora_4: str | None = None,
-        strength_1: float | None = None,
-        strength_2: float | None = None,
-        strength_3: float | None = None,
-        strength_4: float | None = None,
     ) -> bool | str:
         names = {"lora_1": lora_1, "lora_2": lora_2, "lora_3": lora_3, "lora_4": lora_4}
         wrong = (native_files.no_such_lora(name, value, FOLDERS, or_none=True) for name, value in names.items())
-        strengths = dict(strength_1=strength_1, strength_2=strength_2, strength_3=strength_3, strength_4=strength_4)
-        return next(filter(None, wrong), "") or _checks.out_of_range(cls, **strengths) or True
+        return next(filter(None, wrong), "") or True
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: object) -> str:

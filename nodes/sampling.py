@@ -119,10 +119,8 @@ class MochiVideoSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, noise_device: str | None = None, cfg: float | None = None) -> bool | str:
-        return (
-            _checks.not_among(noise_device=(noise_device, NOISE_DEVICES)) or _checks.out_of_range(cls, cfg=cfg) or True
-        )
+    def validate_inputs(cls, noise_device: str | None = None) -> bool | str:
+        return _checks.not_among(noise_device=(noise_device, NOISE_DEVICES)) or True
 
     @classmethod
     def execute(

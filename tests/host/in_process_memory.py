@@ -100,7 +100,8 @@ def load_vae():
 
 def decoded_by_node(vae, latents, mode="streaming", *tiles):
     tiles = tiles or (1, 1, 0)
-    return decoding.MochiVideoDecode.execute(vae, {"samples": latents}, mode, 30.0, *tiles)[0]
+    ((clip,), _) = decoding.MochiVideoDecode.execute(vae, {"samples": latents}, mode, 30.0, *tiles, player=False).args
+    return clip
 
 
 def decoded_by_host(vae, latents):
@@ -126,7 +127,7 @@ def decode_findings():
     blended = decoded_by_node(vae, latents, "tiled blended", 1, 3, 2)
     found["blended"] = [list(blended.shape), (blended - plain).abs().mean().item()]
     found["bad_tiles"] = [
-        decoding.MochiVideoDecode.validate_inputs(mode, *tiles)
+        decoding.MochiVideoDecode.validate_inputs(mode, 30.0, *tiles)
         for mode, tiles in (
             ("tiled spatial", (3, 1, 0)),
             ("tiled spatial", (2, 2, 3)),

@@ -86,15 +86,17 @@ def test_a_rate_that_no_video_has_is_refused_when_queued(host: RunningHost, grap
     assert f"fps is {fps}: it must be from 1.0 to 240.0" in refusal(host, graph)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), 21.0])
-def test_a_strength_that_is_no_strength_is_refused_when_queued(
-    host: RunningHost, graph: Graph, strength: float
-) -> None:
+def test_a_strength_that_is_no_number_is_refused_before_the_file_is_opened(host: RunningHost, graph: Graph) -> None:
     file = host.models / "loras" / "any.safetensors"
     file.touch()
-    lora = graph.add("MochiVideoLoraLoader", model=graph.dit(), lora_name=file.name, strength=strength)
+    lora = graph.add("MochiVideoLoraLoader", model=graph.dit(), lora_name=file.name, strength=float("nan"))
     graph.probe("Latent", graph.sampler(model=lora), "latents")
-    assert f"strength is {strength}: it must be from -20.0 to 20.0" in refusal(host, graph)
+    assert "strength is nan: it must be from -20.0 to 20.0" in failure(host, graph)
+
+
+def test_a_scale_that_is_no_number_is_refused_before_a_step(host: RunningHost, graph: Graph) -> None:
+    graph.probe("Latent", graph.sampler(cfg=float("nan")), "latents")
+    assert "cfg is nan: it must be from 0.0 to 100.0" in failure(host, graph)
 
 
 @pytest.mark.parametrize("option", ["dit_name", "dtype", "attention", "memory"])
