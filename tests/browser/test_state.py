@@ -82,8 +82,9 @@ def test_a_run_is_no_change_of_the_workflow(canvas: Canvas, vue: bool) -> None:
 
 def test_what_one_workflow_makes_is_not_shown_in_another(canvas: Canvas) -> None:
     canvas.drop_workflow(TINY)
-    canvas.set("MochiVideoSampler", "steps", 150)
+    canvas.set("MochiVideoSampler", "steps", 300)
     canvas.queue()
+    canvas.page.wait_for_function("() => window.mochiProgress > 0")
     canvas.command("Comfy.NewBlankWorkflow")
     canvas.page.wait_for_function("() => !window.app.graph._nodes.some((node) => node.type === 'MochiVideoSampler')")
     canvas.page.evaluate("graph => window.app.loadGraphData(graph)", json.loads(TINY.read_text(encoding="utf-8")))
