@@ -23,7 +23,7 @@ import { text } from './text.js'
  * @property {boolean} dit_known
  */
 
-export const ROUTE = '/mochi_video/cost'
+const ROUTE = '/mochi_video/cost'
 const HEIGHT = 80
 const SECONDS_TO_ASK_AGAIN = 10
 const SAMPLERS = ['MochiVideoSampler', 'SamplerCustomAdvanced']
@@ -35,8 +35,6 @@ export class CostLine {
   constructor(node) {
     this.node = node
     this.asked = ''
-    /** @type {Cost | null} */
-    this.cost = null
     this.panel = element('div', { class: 'mochi-video-cost', role: 'status' })
     addPanel(node, 'mochi_video_cost', this.panel, HEIGHT)
     this.show()
@@ -131,7 +129,6 @@ export class CostLine {
    * @param {string} [wrong]
    */
   show(cost = null, frames = 0, wrong = '') {
-    this.cost = cost
     this.panel.dataset.verdict = cost?.verdict ?? (wrong ? 'too_large' : '')
     const rows = cost ? described(cost, frames, this.steps()) : [wrong || text('sizeUnknown')]
     this.panel.replaceChildren(...rows.map((row) => element('div', {}, row)))
@@ -145,7 +142,7 @@ export class CostLine {
  * @param {number} frames
  * @param {number | undefined} steps
  */
-export function described(cost, frames, steps) {
+function described(cost, frames, steps) {
   const seconds = (frames / RELEASED_FPS).toFixed(1)
   const size = [text('frames', { count: frames }), text('seconds', { seconds }), text('tokens', { count: grouped(cost.tokens) })]
   return [size.join(' · '), `${symbols[cost.verdict]} ${verdict(cost)}`, parts(cost), time(cost, steps)].filter(Boolean)
@@ -203,7 +200,7 @@ function grouped(count) {
  * Seconds as a person says them: 40 s, 12 min, 1 h 05 min.
  * @param {number} seconds
  */
-export function duration(seconds) {
+function duration(seconds) {
   if (seconds < 90) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`
   const minutes = Math.round(seconds / 60)
   if (minutes < 60) return `${minutes} min`

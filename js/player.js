@@ -169,9 +169,9 @@ export class Player {
 
   playOrPause() {
     if (!this.clip) return
-    this.shown.isPaused = !this.video.paused
-    if (this.video.paused) this.play()
-    else this.video.pause()
+    if (this.video.paused) return this.play()
+    this.shown.isPaused = true
+    this.video.pause()
   }
 
   /**
@@ -183,10 +183,18 @@ export class Player {
     this.video.pause()
     // A video that loops goes on to the first frame when it is set to the last.
     this.video.loop = false
-    this.shown.frame = Math.min(this.count - 1, Math.max(0, frame))
+    this.shown.frame = this.clamped(frame)
     this.shown.isPaused = true
     this.video.currentTime = (this.frame + 0.5) / this.clip.fps
     this.showNumber()
+  }
+
+  /**
+   * The nearest frame that there is.
+   * @param {number} frame
+   */
+  clamped(frame) {
+    return Math.min(this.count - 1, Math.max(0, frame))
   }
 
   /** @param {boolean} loops */
@@ -227,7 +235,7 @@ export class Player {
   /** @param {number} seconds */
   showFrame(seconds) {
     if (!this.clip) return
-    this.shown.frame = Math.min(this.count - 1, Math.max(0, Math.floor(seconds * this.clip.fps + 1e-3)))
+    this.shown.frame = this.clamped(Math.floor(seconds * this.clip.fps + 1e-3))
     this.showNumber()
   }
 

@@ -62,11 +62,7 @@ class LatentColours:
 
         `latents`: `B C T H W` in model space; `videos`: their frames, `B F 8H 8W 3` from 0 to 1, F = 6(T - 1) + 1.
         """
-        first, rest = videos[:, :1], videos[:, 1:]
-        rest = rearrange(rest, "b (t f) h w c -> b t f h w c", f=FRAMES_PER_LATENT).mean(2)
-        pictures = rearrange(torch.cat([first, rest], dim=1), "b t h w c -> (b t) c h w")
-        small = functional.avg_pool2d(pictures.double(), PIXELS_PER_LATENT)
-        wanted = rearrange(small * 2 - 1, "n c h w -> (n h w) c")
+        wanted = rearrange(at_latent_size(videos) * 2 - 1, "b t h w c -> (b t h w) c")
         given = rearrange(latents.double(), "b c t h w -> (b t h w) c")
         ones = torch.ones(len(given), 1, dtype=given.dtype)
         solution = torch.linalg.lstsq(torch.cat([given, ones], dim=1), wanted, driver="gelsd").solution
@@ -86,3 +82,12 @@ class LatentColours:
             latents.float().movedim(0, -1), torch.tensor(self.factors, **values).T, torch.tensor(self.offset, **values)
         )
         return ((colours + 1) * 127.5).nan_to_num().round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def at_latent_size(videos: torch.Tensor) -> torch.Tensor:
+    """What each latent is seen as, on average: `B F 8H 8W 3`, F = 6(T - 1) + 1 -> `B T H W 3` in float64."""
+    first, rest = videos[:, :1], videos[:, 1:]
+    rest = rearrange(rest, "b (t f) h w c -> b t f h w c", f=FRAMES_PER_LATENT).mean(2)
+    pictures = rearrange(torch.cat([first, rest], dim=1), "b t h w c -> (b t) c h w")
+    small = functional.avg_pool2d(pictures.double(), PIXELS_PER_LATENT)
+    return rearrange(small, "(b t) c h w -> b t h w c", b=len(videos))

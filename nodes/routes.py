@@ -14,13 +14,13 @@ from mochi_core.memory.plan import Networks
 from mochi_core.shapes import VideoSize
 from mochi_core.weights.build import TINY_DIT, TINY_NAME
 
-from . import _host, native_files
+from . import _checks, _host, native_files
 from ._cost import cost, networks_of
 from .loading import DIT_FOLDERS
 from .native_dit import MEMORY
+from .size import MochiVideoSize
 
 COST = "/mochi_video/cost"
-LARGEST_BATCH = 64
 # Several lines of a page ask at once; one of them makes the networks.
 _ASKING = threading.Lock()
 
@@ -39,20 +39,19 @@ async def cost_of_request(request: web.Request) -> web.Response:
     try:
         # In a thread: the first question about a file reads its header and builds its network.
         answer = await asyncio.get_running_loop().run_in_executor(None, answered, request.query)
-    except MochiError as error:
+    except (MochiError, _checks.InputError) as error:
         return web.json_response({"error": str(error)}, status=400)
     return web.json_response(answer)
 
 
 def answered(query: Mapping[str, str]) -> dict[str, Any]:
-    """Raises `MochiError` kinds on a question that cannot be answered."""
+    """Raises `MochiError` kinds or `InputError` on a question that cannot be answered."""
     size = VideoSize(*(_whole(query, name) for name in ("width", "height", "frames")))
     batch = _whole(query, "batch_size", 1)
-    if not 1 <= batch <= LARGEST_BATCH:
-        raise ShapeError(f"batch_size is {batch}", f"it must be from 1 to {LARGEST_BATCH}", "Use 1")
     memory = query.get("memory", MEMORY[0])
-    if memory not in MEMORY:
-        raise MochiError(f"memory is {memory!r}", f"it must be one of {', '.join(MEMORY)}", "Choose one of them")
+    wrong = _checks.out_of_range(MochiVideoSize, batch_size=batch) or _checks.not_among(memory=(memory, MEMORY))
+    if wrong:
+        raise _checks.InputError(wrong)
     path, stamp = _file(query.get("dit_name", ""))
     with _ASKING:
         networks = _networks(path, stamp)

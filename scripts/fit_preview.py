@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from mochi_core.pipeline import MochiPipeline, TextToVideo  # noqa: E402
-from mochi_core.preview import LatentColours  # noqa: E402
+from mochi_core.preview import LatentColours, at_latent_size  # noqa: E402
 from mochi_core.sampling.schedule import linear_quadratic  # noqa: E402
 from mochi_core.shapes import VideoSize  # noqa: E402
 from mochi_core.weights.build import TINY_DIT  # noqa: E402
@@ -50,9 +50,8 @@ def fit(pipeline: MochiPipeline) -> tuple[LatentColours, float]:
 
 
 def _explained(pictures: torch.Tensor, videos: torch.Tensor) -> float:
-    """How much of the first and the last frame of each group the pictures say, 1 being all."""
-    frames = torch.cat([torch.cat([clip[:1], clip[1:].unflatten(0, (-1, 6)).mean(1)]) for clip in videos])
-    small = torch.nn.functional.avg_pool2d(frames.movedim(-1, 1), 8).movedim(1, -1)
+    """How much of the videos at latent size the pictures say, 1 being all."""
+    small = at_latent_size(videos).flatten(0, 1)
     return 1 - ((pictures - small) ** 2).mean().item() / ((small - small.mean((0, 1, 2))) ** 2).mean().item()
 
 

@@ -250,10 +250,10 @@ class Canvas:
         """What a page read of a square picture, as `H W 3`."""
         return np.array(values).reshape(side, side, 4)[..., :3]
 
-    def look_at(self, kinds: list[str] | None = None, scale: float | None = None) -> None:
+    def look_at(self, kinds: list[str] | None = None) -> None:
         """Moves the view to nodes of these types, or to the whole graph."""
         self.page.evaluate(
-            """([kinds, fixed]) => {
+            """(kinds) => {
                 const { graph, canvas } = window.app
                 const nodes = graph._nodes.filter((node) => !kinds || kinds.includes(node.type))
                 const edges = [...nodes.map((node) => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30])]
@@ -262,13 +262,13 @@ class Canvas:
                 const right = Math.max(...edges.map((e) => e[0] + e[2]))
                 const bottom = Math.max(...edges.map((e) => e[1] + e[3]))
                 const [width, height] = [canvas.canvas.clientWidth - 160, canvas.canvas.clientHeight - 160]
-                const scale = fixed ?? Math.min(width / (right - left), height / (bottom - top), 1.5)
+                const scale = Math.min(width / (right - left), height / (bottom - top), 1.5)
                 canvas.ds.scale = scale
                 canvas.ds.offset[0] = (80 + (width - (right - left) * scale) / 2) / scale - left
                 canvas.ds.offset[1] = (110 + (height - (bottom - top) * scale) / 2) / scale - top
                 canvas.setDirty(true, true)
             }""",
-            [kinds, scale],
+            kinds,
         )
         self.page.wait_for_timeout(400)
 

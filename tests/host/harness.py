@@ -12,7 +12,7 @@ import psutil
 import websocket
 from safetensors.torch import load_file
 
-from scripts import comfyui
+from scripts import comfyui, on_tiny
 
 TINY = "mochi-video-tiny"
 PROMPT = "a red circle moving right on a black background"
@@ -140,7 +140,7 @@ class RunningHost(comfyui.Host):
 
 def workflow(name: str) -> dict[str, Any]:
     """One of the pack's API prompts."""
-    return json.loads((comfyui.REPO / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    return on_tiny.read(name)
 
 
 def found_inside(script: str) -> dict[str, Any]:
