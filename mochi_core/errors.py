@@ -47,6 +47,14 @@ class KernelError(MochiError):
     """An attention kernel that does not exist or cannot run here."""
 
 
+class DatasetError(MochiError):
+    """Clips or captions that nothing can be learnt from, or a prepared dataset that does not belong to the model."""
+
+
+class TrainingError(MochiError):
+    """A training that cannot begin, go on or be taken up again as asked."""
+
+
 class MemoryBudgetError(MochiError):
     """A memory budget that is too small for what was asked, whatever is streamed and cut.
 
