@@ -13,6 +13,7 @@ from ..attention.kernels import check_name
 from ..sampling.guidance import RELEASED_SCALE, constant, parse_schedule
 from ..sampling.schedule import RELEASED_STEPS, RELEASED_THRESHOLD, SigmaSchedule, linear_quadratic
 from ..shapes import VideoSize
+from ..weights.formats import QUANTIZED
 from .loop import LoopOptions
 from .lora import LoraOptions
 from .objective import NoiseLevels
@@ -22,7 +23,7 @@ from .settings import checked, read_yaml, settings
 
 TINY = "tiny"
 KINDS = ("lora", "full")
-BASES = ("keep", "fp8", "fp8_scaled", "q8_0", "q4_0")
+BASES = ("keep", *QUANTIZED)
 DTYPES = ("bf16", "fp16", "fp32")
 
 

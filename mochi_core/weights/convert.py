@@ -21,7 +21,7 @@ from ..latents import LatentStatistics
 from . import build, layouts
 from .blocks import BLOCK_FORMATS, Packed, quantize
 from .checkpoint import Checkpoint
-from .formats import FLOAT8, PACKED_SUFFIXES, PLAIN, SCALED_MARKER, Entry, Scaled, Scales, plain, quantized_float8
+from .formats import FLOAT8, PACKED_SUFFIXES, PLAIN, QUANTIZED, SCALED_MARKER, Entry, Scaled, Scales, plain, quantized_float8
 from .layouts import DECODER, DIT, ENCODER, T5, Part
 from .writer import Output, write_safetensors, write_whole
 
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 LAYOUTS = ("genmo", "comfy", "diffusers")
 FLOATS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-QUANTIZED = ("fp8", "fp8_scaled", "q8_0", "q4_0")
 FORMATS = ("keep", *FLOATS, *QUANTIZED)
 PARTS = {"dit": (DIT,), "vae": (DECODER, ENCODER), "t5": (T5,)}
 

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import WeightsError
-from .blocks import BLOCK_FORMATS, BlockFormat, Packed
+from .blocks import BLOCK_FORMATS, BlockFormat, Packed, quantize
 from .files import TYPE_NAMES, Reader
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 PLAIN = ("F64", "F32", "F16", "BF16")
+# What a matrix of floats can be made into, to be smaller.
+QUANTIZED = ("fp8", "fp8_scaled", "q8_0", "q4_0")
 # The types of numbers that are no weights, as readers name them.
 NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F4|F6_\w+|F8_(?!E4M3$|E5M2$)\w+|torch\..*")
 # What is made of unlike or scaled pieces: it comes in float32.
@@ -302,6 +304,13 @@ def quantized_float8(weight: torch.Tensor, scaled: bool) -> Weight:
         return wide.clamp(limits.min, limits.max).to(torch.float8_e4m3fn)
     scale = (wide.abs().max() / limits.max).clamp(min=torch.finfo(torch.float32).tiny)
     return Scaled((wide / scale).clamp(limits.min, limits.max).to(torch.float8_e4m3fn), scale)
+
+
+def quantized(weight: torch.Tensor, format: str) -> Weight:
+    """A matrix in one of the formats of `QUANTIZED`. Raises `WeightsError` when it cannot hold the values."""
+    if format.startswith("fp8"):
+        return quantized_float8(weight, scaled=format == "fp8_scaled")
+    return quantize(weight, BLOCK_FORMATS[format.upper()])
 
 
 def kind_of(weight: Weight) -> str:

@@ -1,11 +1,13 @@
 """A linear layer whose weight stays as the file has it and becomes floats at each use."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import Packed
-from .formats import Scaled, Weight, plain
+from .blocks import BlockFormat, Packed
+from .formats import Scaled, Weight, plain, quantized
 
 # Bytes for each value, beside the floats themselves, while a weight becomes floats.
 UNPACKING_SCALED, UNPACKING_BLOCKS = 8, 2
@@ -31,16 +33,18 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> Weight:
         """The weight as it is stored."""
-        if self._block is not None:
-            return Packed(self.stored, self._block)
-        return self.stored if self.scale is None else Scaled(self.stored, self.scale)
+        return _weight(self._block, self.stored, self.scale)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as floats, `out_features x in_features`."""
         return plain(self.quantized, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: torch.Tensor = _Product.apply(x, self._block, self.stored, self.scale)  # pyright: ignore
+            return out if bias is None else out + bias
+        return F.linear(x, self.dequantized(x.dtype), bias)
 
     def _apply(self, fn, recurse=True):
         """Moves between devices, but keeps the stored bytes when someone casts the network to a dtype."""
@@ -52,6 +56,42 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    """`x W^T` whose gradient unpacks `W` once more: between the two only the stored bytes are kept, not the floats."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        context: Any, x: torch.Tensor, block: BlockFormat | None, stored: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        context.block = block
+        context.save_for_backward(stored, scale)
+        return F.linear(x, plain(_weight(block, stored, scale), x.dtype))
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight = plain(_weight(context.block, *context.saved_tensors), gradient.dtype)
+        return gradient @ weight, None, None, None
+
+
+def _weight(block: BlockFormat | None, stored: torch.Tensor, scale: torch.Tensor | None) -> Weight:
+    if block is not None:
+        return Packed(stored, block)
+    return stored if scale is None else Scaled(stored, scale)
+
+
+def quantize_linears(network: nn.Module, format: str) -> None:
+    """Stores the weight of every linear layer of a network in `format`: one of `formats.QUANTIZED`.
+
+    One after the other, so that no more than one is there twice. Layers that are quantised already stay as they are.
+    Raises `WeightsError` when the format cannot hold a weight.
+    """
+    for name, layer in list(network.named_modules()):
+        if type(layer) is nn.Linear:
+            parent, _, last = name.rpartition(".")
+            bias = None if layer.bias is None else layer.bias.detach()
+            setattr(network.get_submodule(parent), last, QuantizedLinear(quantized(layer.weight.detach(), format), bias))
 
 
 def unpacking_bytes(network: nn.Module, dtype: torch.dtype) -> int:

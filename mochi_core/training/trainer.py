@@ -1,0 +1,187 @@
+"""A training from its configuration: what it needs is checked, loaded and put in its place, then the loop runs.
+
+train(read_config("lora.yaml")[0])
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention.joint import PlainJointAttention
+from ..dit import AsymmDiT
+from ..errors import TrainingError
+from ..latents import LatentStatistics
+from ..memory.blocks import streamed
+from ..memory.borrowing import on_device
+from ..memory.plan import MemoryPolicy, free_bytes
+from ..memory.training_plan import TrainingPlan, plan_training
+from ..text.conditioning import TextEncoder
+from ..text.tokenizer import read_tokenizer
+from ..weights import build
+from ..weights.files import Unchanged
+from ..weights.quantized import quantize_linears
+from .checkpointing import Checkpoints, checkpointed
+from .config import TINY, TrainingConfig
+from .dataset import Dataset
+from .loop import Watch, run, unseen
+from .lora import TrainableLora
+from .samples import Prompts, Strips
+from .task import Batches, DiTTask
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEVICES = ("cuda", "xpu", "mps")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a training's model. The last three are None where no sample is asked for."""
+
+    dit: Path
+    vae: Path | None
+    t5: Path | None
+    tokenizer: Path | None
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Files":
+        """Raises `TrainingError` when samples are asked for and a file that they need is not given."""
+        model = config.model
+        if model.dit == TINY:
+            return cls(build.TINY_DIT, build.TINY_VAE, build.TINY_T5, build.TINY_TOKENIZER)
+        needed = {"vae": model.vae, "t5": model.t5, "tokenizer": model.tokenizer}
+        lacking = [name for name, path in needed.items() if path is None]
+        if config.samples.every and lacking:
+            raise TrainingError(
+                f"Samples are asked for without model.{', model.'.join(lacking)}",
+                "they need the VAE, the T5 and its tokenizer",
+                "Give the files, or set samples.every to 0",
+            )
+        paths = {name: None if path is None else Path(path) for name, path in needed.items()}
+        return cls(Path(model.dit), **paths)
+
+
+def train(config: TrainingConfig, watch: Watch = unseen) -> Path:
+    """Trains as `config` says, from where its output folder stands; returns the final LoRA or model file.
+
+    All that can be known from headers is checked before anything large is read. The rest as `loop.run`.
+
+    Raises `MochiError` kinds, and `OSError` as writing does.
+    """
+    with prepared(config) as task:
+        return run(task, config.loop, config.output, watch)
+
+
+@contextmanager
+def prepared(config: TrainingConfig) -> Iterator[DiTTask]:
+    """The task of a configuration, its network where it trains, as long as the block runs."""
+    files = Files.of(config)
+    dataset = Dataset.open(config.dataset)
+    file = build.open_dit(files.dit)
+    dataset.check(file.config.latent_channels, file.config.text_feature_dim, file.statistics)
+    metadata = {"modelspec.architecture": "mochi-1"}
+    device = training_device(config.device)
+    prompts = _prompts(config, files, device)
+    # What host or caller runs in inference mode makes tensors that nothing can be learnt with.
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        network, statistics = _network(config, files.dit)
+        lora = TrainableLora(network, config.lora, config.seed, device) if config.kind == "lora" else None
+        batches = Batches(dataset, statistics, config.data, config.seed)
+        plan = _plan(config, network, batches, device)
+        log.info("%s", plan)
+        if lora is None:
+            network.to(device).requires_grad_(True)
+        else:
+            check = Unchanged(files.dit) if config.model.base == "keep" else None
+            stack.enter_context(
+                streamed(network, network.blocks, device, resident=plan.resident, source=plan.source, check=check)  # pyright: ignore
+            )
+            stack.enter_context(lora.attached(network))
+        resident = plan.resident if plan.resident < plan.blocks and device.type != "cpu" else None
+        run_block = stack.enter_context(checkpointed(network, plan.checkpoints, resident=resident))
+        if config.model.compile:
+            _compile(network, plan)
+        task = DiTTask(network, lora, batches, device, run_block)
+        task.fingerprint = {**config.fingerprint, "dataset": dataset.digest, "dit": _identity(network)}
+        task.metadata = metadata if lora is not None else _model_metadata(files.dit)
+        if prompts is not None:
+            assert files.vae is not None
+            task.samples = Strips(config.samples, prompts, build.load_decoder(files.vae), MemoryPolicy(device))
+        yield task
+
+
+def training_device(name: str) -> torch.device:
+    """The device called so; for `auto` this process's GPU, or the CPU where there is none.
+
+    Raises `TrainingError` when it is not here.
+    """
+    from accelerate import PartialState  # slow to import
+
+    if name == "auto":
+        here = any(getattr(torch, kind).is_available() for kind in DEVICES if hasattr(torch, kind))
+        return PartialState().device if here or torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"device is {name!r}", f"it must be here ({error})", "Use auto") from error
+
+
+def _prompts(config: TrainingConfig, files: Files, device: torch.device) -> Prompts | None:
+    """The samples' prompts through the T5, which is not needed afterwards."""
+    if not config.samples.every:
+        return None
+    assert files.t5 is not None and files.tokenizer is not None
+    encoder = TextEncoder(build.load_t5(files.t5), read_tokenizer(files.tokenizer))
+    with on_device(encoder.model, device, check=Unchanged(files.t5)):
+        return Prompts.encoded(config.samples, encoder)
+
+
+def _network(config: TrainingConfig, path: Path) -> tuple[AsymmDiT, LatentStatistics]:
+    network, statistics = build.load_dit(path, dtype=DTYPES[config.model.dtype])
+    if config.model.base != "keep":
+        quantize_linears(network.blocks, config.model.base)
+    for block in network.blocks:
+        block.attn.joint = PlainJointAttention(config.model.attention)
+    return network.requires_grad_(False), statistics
+
+
+def _plan(config: TrainingConfig, network: AsymmDiT, batches: Batches, device: torch.device) -> TrainingPlan:
+    """What memory is used for: as the configuration says, or as fits its budget."""
+    memory = config.memory
+    size = max((clip.size for clip in batches.order.clips), key=lambda size: size.width * size.height * size.frames)
+    if memory.by_hand or device.type == "cpu" or config.kind == "full":
+        counts = (memory.qkv or 0, memory.feed_forward or 0, memory.post_attention or 0, memory.blocks or 0)
+        depth = len(network.blocks)
+        resident = depth if memory.resident_blocks is None else memory.resident_blocks
+        return TrainingPlan.by_hand(network, Checkpoints(*counts), resident)
+    budget = free_bytes(device) if memory.budget is None else memory.budget * 1e9
+    return plan_training(budget, size, network, device, batch=config.data.batch_size)
+
+
+def _compile(network: AsymmDiT, plan: TrainingPlan) -> None:
+    if plan.resident < plan.blocks:
+        raise TrainingError(
+            f"model.compile with {plan.blocks - plan.resident} streamed blocks",
+            "compiled blocks must keep their weights in one place",
+            "Set model.compile to false, or allow more memory",
+        )
+    for block in network.blocks:
+        block.compile()
+
+
+def _identity(network: AsymmDiT) -> Any:
+    """What tells one model from another when a training goes on, without reading all of it."""
+    bias = network.final_layer.linear.weight.detach().float().cpu()
+    return [len(network.blocks), f"{bias.double().square().sum().item():.9e}"]
+
+
+def _model_metadata(path: Path) -> dict[str, str]:
+    """What a trained model's file says of itself: what the file it was made from does."""
+    from ..weights.files import opened
+
+    return dict(opened(path).metadata)
