@@ -50,7 +50,9 @@ class Batches:
     order: Order = field(init=False)
 
     def __post_init__(self) -> None:
-        clips = self.dataset.clips[:1] if self.options.single_clip else self.dataset.clips
+        clips = self.dataset.clips
+        if self.options.single_clip:
+            clips = clips[:1] * self.options.batch_size
         object.__setattr__(self, "order", Order(clips, self.options.batch_size, self.seed))
 
     def __getitem__(self, index: int) -> Batch:

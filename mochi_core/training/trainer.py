@@ -19,17 +19,18 @@ from ..latents import LatentStatistics
 from ..memory.blocks import streamed
 from ..memory.borrowing import on_device
 from ..memory.plan import MemoryPolicy, free_bytes
-from ..memory.training_plan import TrainingPlan, plan_training
+from ..memory.waiting import Source
 from ..text.conditioning import TextEncoder
 from ..text.tokenizer import read_tokenizer
 from ..weights import build
-from ..weights.files import Unchanged
+from ..weights.files import Unchanged, opened
 from ..weights.quantized import quantize_linears
 from .checkpointing import Checkpoints, checkpointed
 from .config import TINY, TrainingConfig
 from .dataset import Dataset
 from .loop import Watch, run, unseen
 from .lora import TrainableLora
+from .prepare import identity
 from .samples import Prompts, Strips
 from .task import Batches, DiTTask
 
@@ -92,22 +93,22 @@ def prepared(config: TrainingConfig) -> Iterator[DiTTask]:
         network, statistics = _network(config, files.dit)
         lora = TrainableLora(network, config.lora, config.seed, device) if config.kind == "lora" else None
         batches = Batches(dataset, statistics, config.data, config.seed)
-        plan = _plan(config, network, batches, device)
-        log.info("%s", plan)
+        how = _placement(config, network, batches, device)
         if lora is None:
             network.to(device).requires_grad_(True)
         else:
             check = Unchanged(files.dit) if config.model.base == "keep" else None
+            blocks: Any = network.blocks
             stack.enter_context(
-                streamed(network, network.blocks, device, resident=plan.resident, source=plan.source, check=check)  # pyright: ignore
+                streamed(network, blocks, device, resident=how.resident, source=how.source, check=check)
             )
             stack.enter_context(lora.attached(network))
-        resident = plan.resident if plan.resident < plan.blocks and device.type != "cpu" else None
-        run_block = stack.enter_context(checkpointed(network, plan.checkpoints, resident=resident))
+        resident = how.resident if how.streams else None
+        run_block = stack.enter_context(checkpointed(network, how.checkpoints, resident=resident))
         if config.model.compile:
-            _compile(network, plan)
+            _compile(network, how)
         task = DiTTask(network, lora, batches, device, run_block)
-        task.fingerprint = {**config.fingerprint, "dataset": dataset.digest, "dit": _identity(network)}
+        task.fingerprint = {**config.fingerprint, "dataset": dataset.digest, "dit": identity(files.dit)}
         task.metadata = metadata if lora is not None else _model_metadata(files.dit)
         if prompts is not None:
             assert files.vae is not None
@@ -150,23 +151,40 @@ def _network(config: TrainingConfig, path: Path) -> tuple[AsymmDiT, LatentStatis
     return network.requires_grad_(False), statistics
 
 
-def _plan(config: TrainingConfig, network: AsymmDiT, batches: Batches, device: torch.device) -> TrainingPlan:
-    """What memory is used for: as the configuration says, or as fits its budget."""
-    memory = config.memory
-    size = max((clip.size for clip in batches.order.clips), key=lambda size: size.width * size.height * size.frames)
+@dataclass(frozen=True)
+class Placement:
+    """How many blocks' weights stay on the device, where the others wait, and what is computed again."""
+
+    blocks: int
+    resident: int
+    source: Source
+    checkpoints: Checkpoints
+
+    @property
+    def streams(self) -> bool:
+        return self.resident < self.blocks
+
+
+def _placement(config: TrainingConfig, network: AsymmDiT, batches: Batches, device: torch.device) -> Placement:
+    """As the configuration says, or as fits its budget."""
+    memory, depth = config.memory, len(network.blocks)
     if memory.by_hand or device.type == "cpu" or config.kind == "full":
+        resident = depth if memory.resident_blocks is None or device.type == "cpu" else memory.resident_blocks
         counts = (memory.qkv or 0, memory.feed_forward or 0, memory.post_attention or 0, memory.blocks or 0)
-        depth = len(network.blocks)
-        resident = depth if memory.resident_blocks is None else memory.resident_blocks
-        return TrainingPlan.by_hand(network, Checkpoints(*counts), resident)
+        return Placement(depth, min(resident, depth), "pinned", Checkpoints(*counts))
+    size = max((clip.size for clip in batches.order.clips), key=lambda size: size.width * size.height * size.frames)
     budget = free_bytes(device) if memory.budget is None else memory.budget * 1e9
-    return plan_training(budget, size, network, device, batch=config.data.batch_size)
+    from ..memory.training_plan import plan_training
+
+    plan = plan_training(budget, size, network, device, batch=config.data.batch_size, lora=lora_ranks(config.lora))
+    log.info("%s", plan)
+    return Placement(depth, plan.resident, plan.source, plan.checkpoints)
 
 
-def _compile(network: AsymmDiT, plan: TrainingPlan) -> None:
-    if plan.resident < plan.blocks:
+def _compile(network: AsymmDiT, placement: Placement) -> None:
+    if placement.streams:
         raise TrainingError(
-            f"model.compile with {plan.blocks - plan.resident} streamed blocks",
+            f"model.compile with {placement.blocks - placement.resident} streamed blocks",
             "compiled blocks must keep their weights in one place",
             "Set model.compile to false, or allow more memory",
         )
@@ -174,14 +192,6 @@ def _compile(network: AsymmDiT, plan: TrainingPlan) -> None:
         block.compile()
 
 
-def _identity(network: AsymmDiT) -> Any:
-    """What tells one model from another when a training goes on, without reading all of it."""
-    bias = network.final_layer.linear.weight.detach().float().cpu()
-    return [len(network.blocks), f"{bias.double().square().sum().item():.9e}"]
-
-
 def _model_metadata(path: Path) -> dict[str, str]:
     """What a trained model's file says of itself: what the file it was made from does."""
-    from ..weights.files import opened
-
     return dict(opened(path).metadata)

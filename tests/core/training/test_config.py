@@ -40,7 +40,8 @@ def test_everything_is_read(tmp_path):
             lora: {qkv: {rank: 8, alpha: 4, dropout: 0.1}, out: {rank: 0}, rslora: true}
             optimizer: {rate: 1e-4, betas: [0.9, 0.95], warmup: 10, slow: {bias: 0.5}}
             memory: {budget: 24, blocks: 48, resident_blocks: 20}
-            samples: {every: 50, prompts: [a, b], width: 64, height: 64, frames: 19, steps: 30, cfg_schedule: "6*20, 4*10"}
+            samples:
+              {every: 50, prompts: [a, b], width: 64, height: 64, frames: 19, steps: 30, cfg_schedule: "6*20, 4*10"}
             """,
         )
     )

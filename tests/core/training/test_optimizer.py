@@ -1,5 +1,6 @@
 """Rates and optimisers."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def test_rate_warms_up_then_falls_to_zero():
     rates = [options.rate_at(step, 24) for step in range(24)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[14] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A training small enough for a test, as a program that a test can kill: `python toy_training.py FOLDER STEPS`."""
+"""A training small enough for a test, as a program that a test can kill: its folder, steps, and accumulation."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from mochi_core.training.draws import generator
-from mochi_core.training.loop import Loss, LoopOptions, run
+from mochi_core.training.loop import LoopOptions, Loss, run
 from mochi_core.training.optimizer import OptimizerOptions
 
 
@@ -49,4 +49,5 @@ def options(steps=30, **changed):
 
 
 if __name__ == "__main__":
-    run(ToyTask(pause=0.01), options(int(sys.argv[2])), sys.argv[1])
+    folder, steps, accumulation = (*sys.argv[1:], "2")[:3]
+    run(ToyTask(pause=0.01), options(int(steps), accumulation=int(accumulation)), folder)
