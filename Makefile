@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # a stamp for each ComfyUI that was set up
 HOST_READY := .venv/ready$(subst /,-,$(COMFYUI_PATH))
 
-.PHONY: setup demo test shows lint types pictures clean
+.PHONY: setup demo test shows train-demo lint types pictures clean
 
 setup: $(HOST_READY)
 
@@ -55,6 +55,11 @@ pictures: setup .venv/ready-browser
 shows: setup
 	$(BIN)/python tests/fuzz/fuzz_headers.py --count 10000
 	$(BIN)/python benchmarks/streaming_plan.py --output output/shows/streaming_plan.json
+	$(MAKE) train-demo
+
+# teaches the embedded model a motion from 20 clips
+train-demo: setup
+	$(BIN)/python scripts/train_demo.py
 
 clean:
 	rm -rf .venv .cache node_modules output
