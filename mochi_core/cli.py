@@ -132,11 +132,7 @@ def generate(
 
     given = dict(dit=dit, vae=vae, t5=t5, tokenizer=tokenizer)
     with _said():
-        missing = [name for name, path in given.items() if path is None]
-        if 0 < len(missing) < len(given):
-            raise MochiError(
-                f"--{', --'.join(missing)} not given", "all four files belong to a model", "Give them all, or none"
-            )
+        is_tiny = _none_given(given, "four")
         kept = target.with_suffix(".latent")
         _check_target(target, overwrite)
         _check_free(kept, overwrite)
@@ -144,7 +140,7 @@ def generate(
         size = VideoSize(width, height, frames)
         request = TextToVideo(prompt, negative, size, linear_quadratic(steps), cfg, seed)
         files: Any = given
-        pipeline = MochiPipeline.tiny(memory=memory) if missing else MochiPipeline.from_files(**files, memory=memory)
+        pipeline = MochiPipeline.tiny(memory=memory) if is_tiny else MochiPipeline.from_files(**files, memory=memory)
         errors.print(str(pipeline.plan(request)), soft_wrap=True, highlight=False, markup=False)
         with _bar() as bar:
             task = bar.add_task("sampling", total=steps)
@@ -180,6 +176,56 @@ def decode(
         file = vae or TINY_VAE
         unchanged, decoder = Unchanged(file), load_decoder(file)
         _write(target, decoded(decoder, latents, memory, unchanged), frames_of(latents.shape[2]))
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of videos, each with its caption: .txt.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The dataset's folder: new, or prepared before.")],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="What clips become, width x height x frames; several times for several shapes or lengths."),
+    ] = None,
+    clips_per_video: Annotated[int, typer.Option(help="How many clips a long video may give, one after another.")] = 1,
+    vae: Annotated[Path | None, typer.Option(help="The VAE's file or folder, with an encoder.")] = None,
+    t5: Annotated[Path | None, typer.Option(help="The text encoder's.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or spiece.model.")] = None,
+    budget: Gigabytes = None,
+    device: Device = "auto",
+) -> None:
+    """Encode videos and captions for training. Without files, with the small checkpoint that comes along.
+
+    What an earlier run has done, whole or interrupted, is not done again. By default clips become 848x480x37, and
+    64x64x19 for the small checkpoint.
+    """
+    from .training import prepare as preparing
+    from .training.clips import parse_size
+
+    given = dict(vae=vae, t5=t5, tokenizer=tokenizer)
+    with _said():
+        is_tiny = _none_given(given, "three")
+        sizes = tuple(parse_size(text) for text in size or ["64x64x19" if is_tiny else "848x480x37"])
+        options, memory = preparing.PrepareOptions(sizes, clips_per_video), _policy(device, budget)
+        files: Any = given
+        models = preparing.PrepareModels.tiny(memory) if is_tiny else preparing.PrepareModels(**files, memory=memory)
+        with _bar() as bar:
+            task = bar.add_task("preparing")
+
+            def progress(step: int, total: int, preview: torch.Tensor | None = None) -> None:
+                bar.update(task, completed=step, total=total)
+
+            report = preparing.prepare(source, target, options, models, progress)
+    console.print(str(report), soft_wrap=True, highlight=False, markup=False)
+
+
+def _none_given(files: dict[str, Path | None], count: str) -> bool:
+    """Whether no model file is given. Raises `MochiError` when some are."""
+    missing = [name for name, path in files.items() if path is None]
+    if 0 < len(missing) < len(files):
+        raise MochiError(
+            f"--{', --'.join(missing)} not given", f"all {count} files belong to a model", "Give them all, or none"
+        )
+    return bool(missing)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

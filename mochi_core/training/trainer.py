@@ -19,6 +19,7 @@ from ..latents import LatentStatistics
 from ..memory.blocks import streamed
 from ..memory.borrowing import on_device
 from ..memory.plan import MemoryPolicy, free_bytes
+from ..memory.training_plan import plan_training
 from ..memory.waiting import Source
 from ..text.conditioning import TextEncoder
 from ..text.tokenizer import read_tokenizer
@@ -29,7 +30,7 @@ from .checkpointing import Checkpoints, checkpointed
 from .config import TINY, TrainingConfig
 from .dataset import Dataset
 from .loop import Watch, run, unseen
-from .lora import TrainableLora
+from .lora import GROUPS, TrainableLora
 from .prepare import identity
 from .samples import Prompts, Strips
 from .task import Batches, DiTTask
@@ -146,7 +147,8 @@ def _network(config: TrainingConfig, path: Path) -> tuple[AsymmDiT, LatentStatis
     network, statistics = build.load_dit(path, dtype=DTYPES[config.model.dtype])
     if config.model.base != "keep":
         quantize_linears(network.blocks, config.model.base)
-    for block in network.blocks:
+    blocks: Any = network.blocks
+    for block in blocks:
         block.attn.joint = PlainJointAttention(config.model.attention)
     return network.requires_grad_(False), statistics
 
@@ -174,9 +176,10 @@ def _placement(config: TrainingConfig, network: AsymmDiT, batches: Batches, devi
         return Placement(depth, min(resident, depth), "pinned", Checkpoints(*counts))
     size = max((clip.size for clip in batches.order.clips), key=lambda size: size.width * size.height * size.frames)
     budget = free_bytes(device) if memory.budget is None else memory.budget * 1e9
-    from ..memory.training_plan import plan_training
-
-    plan = plan_training(budget, size, network, device, batch=config.data.batch_size, lora=lora_ranks(config.lora))
+    ranks = {group: getattr(config.lora, group).rank for group in GROUPS}
+    plan = plan_training(
+        budget, size, network, device, batch=config.data.batch_size, ranks=ranks, averaged=bool(config.ema)
+    )
     log.info("%s", plan)
     return Placement(depth, plan.resident, plan.source, plan.checkpoints)
 

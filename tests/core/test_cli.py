@@ -1,4 +1,4 @@
-"""The commands that make videos; those for weight files are in weights/test_convert.py."""
+"""The commands that make videos, or latents of them; those for weight files are in weights/test_convert.py."""
 
 import av
 import pytest
@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 from mochi_core import pipeline
 from mochi_core.cli import app
 from mochi_core.latents_file import write_latents
+from mochi_core.training.dataset import Dataset
+from mochi_core.video_file import write_mp4
+from mochi_core.weights.build import TINY_T5, TINY_TOKENIZER, TINY_VAE
 
 SMALL = ["--width", "32", "--height", "32", "--frames", "7", "--steps", "2", "--device", "cpu"]
 
@@ -97,3 +100,49 @@ def test_a_batch_of_latents(tmp_path):
 def test_a_device_that_nobody_has():
     result = run("plan", "--budget", 8, "--device", "foo")
     assert result.exit_code == 1 and "--device is foo: there are cuda, xpu, mps, cpu" in result.stderr
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """A folder with a clip that can be learnt from and one without a caption."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("red", "mute"):
+        write_mp4(folder / f"{name}.mp4", [torch.rand(20, 64, 64, 3)], preset="ultrafast")
+    (folder / "red.txt").write_text("a red circle")
+    return folder
+
+
+def test_prepare(clips, tmp_path):
+    result = run("prepare", clips, tmp_path / "dataset", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "1 prepared, 0 unchanged, 1 skipped\n  skipped  mute.mp4: mute.mp4 has no caption: " in result.stdout
+    (clip,) = Dataset.open(tmp_path / "dataset").clips
+    assert (clip.size.width, clip.size.height, clip.size.frames) == (64, 64, 19)
+    again = run("prepare", clips, tmp_path / "dataset", "--device", "cpu")
+    assert again.exit_code == 0 and "0 prepared, 1 unchanged, 1 skipped" in again.stdout
+
+
+def test_prepare_in_sizes_with_files(clips, tmp_path):
+    files = ["--vae", TINY_VAE, "--t5", TINY_T5, "--tokenizer", TINY_TOKENIZER]
+    sizes = ["--size", "32x32x7", "--size", "64x32x13", "--clips-per-video", 2]
+    result = run("prepare", clips, tmp_path / "dataset", *files, *sizes, "--device", "cpu")
+    assert result.exit_code == 0 and "2 prepared" in result.stdout, result.output
+    first, second = Dataset.open(tmp_path / "dataset").clips
+    assert first.size == second.size and (first.size.width, first.size.height, first.size.frames) == (32, 32, 7)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--size", "64x64"], "The size is '64x64': it must be width x height x frames"),
+        (["--size", "64x64x8"], "frames is 8"),
+        (["--clips-per-video", "0"], "0 clips of each video"),
+        (["--vae", "a", "--t5", "b"], "--tokenizer not given: all three files belong to a model"),
+        (["--budget", "0.0001"], "needs at least"),
+        (["--size", "64x64x25"], "None of the 2 videos"),
+    ],
+)
+def test_what_cannot_be_prepared(clips, tmp_path, arguments, message):
+    result = run("prepare", clips, tmp_path / "dataset", "--device", "cpu", *arguments)
+    assert result.exit_code == 1 and message in result.stderr

@@ -1,0 +1,568 @@
+"""A folder of videos and captions to a dataset of latents and features, of which nothing is made twice.
+
+report = prepare("clips", "dataset", PrepareOptions((VideoSize(848, 480, 37),)), PrepareModels(vae, t5, tokenizer))
+
+Everything that can be known without a network is found out first. Then the encoder goes over the clips, and after it
+the T5 over the captions; each clip is on disk, and in the manifest, as soon as it is done.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from einops import rearrange
+
+from ..config import TextConfig
+from ..errors import DatasetError, MemoryBudgetError
+from ..latents import LatentStatistics, require_finite
+from ..memory.blocks import block_bytes, device_bytes, spread, streamed
+from ..memory.borrowing import on_device
+from ..memory.need import t5_activations
+from ..memory.plan import DIVISIONS, KEPT_BACK, PINNED_SHARE, MemoryPolicy
+from ..memory.vae_need import stagewise_encode_bytes
+from ..progress import Progress, silent
+from ..shapes import VideoSize
+from ..text.conditioning import TextEncoder, warn_of_cut
+from ..text.tokenizer import TOKENIZER_NAMES, read_tokenizer
+from ..vae import Encoder
+from ..vae.causal_conv import VALUES_AT_ONCE
+from ..weights import build, layouts
+from ..weights.checkpoint import Checkpoint
+from ..weights.files import TYPE_NAMES, Unchanged
+from ..weights.quantized import unpacking_bytes
+from ..weights.writer import Output, write_safetensors
+from .clips import VIDEO_SUFFIXES, Look, choose_size, enlargement, left_out, look_at, read_pixels
+from .dataset import CLIPS, FILE_NAME, MANIFEST, Entry, Manifest, clip_name, read_tensors
+
+log = logging.getLogger(__name__)
+
+# Part of what latents are made of: to be raised when the same video would give others.
+PROCESSING = 1
+LONGEST_CAPTION = 1 << 16
+# A model's file up to this size is known by all its bytes, a larger one by its size, its first and last bytes, where
+# the header is, and samples between.
+HASHED_WHOLE = 2 << 30
+HASHED_HEADER, HASHED_SAMPLE, SAMPLES = 16 << 20, 1 << 20, 64
+MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model")
+# More of the picture than this cropped away is worth a word.
+MUCH_CROPPED = 0.4
+SHOWN_REASONS = 3
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What clips become: one of `sizes` each, and as many as `clips_per_video` that follow each other in one video."""
+
+    sizes: tuple[VideoSize, ...]
+    clips_per_video: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            raise DatasetError(
+                "No size is given", "clips must become one of some sizes", "Give one, such as 848x480x37"
+            )
+        if self.clips_per_video < 1:
+            raise DatasetError(f"{self.clips_per_video} clips of each video", "there must be at least 1", "Use 1")
+
+
+@dataclass(frozen=True)
+class PrepareModels:
+    """The files that clips and captions are encoded with, where they run, and in which dtype (None: the files' own)."""
+
+    vae: Path
+    t5: Path
+    tokenizer: Path
+    memory: MemoryPolicy = MemoryPolicy("cpu")
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def tiny(cls, memory: MemoryPolicy | None = None) -> "PrepareModels":
+        """The embedded small checkpoint, in float32."""
+        files = build.TINY_VAE, build.TINY_T5, build.TINY_TOKENIZER
+        return cls(*files, memory or MemoryPolicy("cpu"), torch.float32)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each clip; skipped ones and warnings are pairs of a name and why. Printable."""
+
+    folder: Path
+    prepared: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    warnings: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.prepared)} prepared, {len(self.unchanged)} unchanged, {len(self.skipped)} skipped"
+        lines = [f"{self.folder}: {counts}"]
+        for kind, pairs in (("skipped", self.skipped), ("warning", self.warnings)):
+            lines += [f"  {kind}  {name}: {why}" for name, why in pairs]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A clip to be: where it comes from, what it becomes, and what identifies that."""
+
+    video: Path
+    start: int
+    look: Look
+    size: VideoSize
+    video_hash: str
+    caption: str
+    latents_of: str
+    features_of: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.video.name, self.start
+
+    @property
+    def name(self) -> str:
+        return clip_name(*self.key)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the models' files say without being loaded."""
+
+    identities: dict[str, str]
+    statistics: LatentStatistics
+    text_width: int
+
+
+@dataclass
+class _Work:
+    """What a run has found out and done so far; `put` makes a clip's state last."""
+
+    target: Path
+    manifest: Manifest
+    progress: Progress
+    total: int
+    entries: dict[tuple[str, int], Entry] = field(default_factory=dict)
+    made: set[tuple[str, int]] = field(default_factory=set)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    step: int = 0
+
+    def write(self) -> None:
+        replace(self.manifest, clips=tuple(self.entries[key] for key in sorted(self.entries))).write(self.target)
+
+    def put(self, entry: Entry) -> None:
+        key = entry.source, entry.start
+        before = self.entries.get(key)
+        self.entries[key] = entry
+        self.made.add(key)
+        self.write()
+        if before is not None and before.file != entry.file:
+            (self.target / CLIPS / before.file).unlink(missing_ok=True)
+
+    def skip(self, name: str, why: Exception) -> None:
+        self.skipped.append((name, str(why)))
+        log.info("%s is skipped: %s", name, why)
+
+    def done(self) -> None:
+        self.step += 1
+        self.still()
+
+    def still(self, step: int = 0, total: int = 0, preview: torch.Tensor | None = None) -> None:
+        """Nothing that counts, but a chance to cancel."""
+        self.progress(self.step, self.total)
+
+
+def prepare(
+    source: str | Path,
+    target: str | Path,
+    options: PrepareOptions,
+    models: PrepareModels,
+    progress: Progress = silent,
+) -> Report:
+    """Encodes each video of `source` that has a caption beside it (`name.mp4`, `name.txt`) into the dataset `target`.
+
+    What is there already and would become the same is left alone. A clip that cannot be used is skipped and reported.
+    However a run ends, what it finished is kept.
+
+    Raises `DatasetError` when there is nothing to prepare or the folders cannot be used, `WeightsError` and
+    `ConfigError` as loading does, `MemoryBudgetError`, `LatentsError` when a network makes what are no numbers,
+    `OSError` as writing does, and what `progress` raises.
+    """
+    source, target = Path(source), Path(target)
+    videos = _videos(source)
+    before = _written_before(source, target)
+    known = _known(models)
+    manifest = Manifest(_plain(options, models), known.identities, known.statistics, known.text_width, ())
+    work = _Work(target, manifest, progress, 3 * len(videos))
+    plans = _plans(source, videos, options, models, known, work)
+    if not plans:
+        raise _nothing(source, work)
+    for plan in plans:
+        kept = _kept(before.get(plan.key), plan, target)
+        if kept is not None:
+            work.entries[plan.key] = kept
+    to_encode = [plan for plan in plans if plan.key not in work.entries]
+    to_read = [plan for plan in plans if plan.key not in work.entries or not work.entries[plan.key].features_of]
+    work.total = work.step + len(to_encode) + len(to_read)
+    work.write()  # from here on the folder is known to be ours
+    _encode_videos(to_encode, options, models, work)
+    _encode_captions([plan for plan in to_read if plan.key in work.entries], models, work)
+    _remove_strays(target, {entry.file for entry in work.entries.values()})
+    if not work.entries:
+        raise _nothing(source, work)
+    return _report(plans, work)
+
+
+# What there is
+
+
+def _videos(source: Path) -> list[Path]:
+    try:
+        found = sorted(
+            path
+            for path in source.iterdir()
+            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+    except OSError as error:
+        raise DatasetError(
+            f"{source} cannot be read ({error.strerror})", "clips come from a folder", "Choose a folder"
+        ) from error
+    if not found:
+        raise DatasetError(
+            f"{source} has no video",
+            f"clips must be files that end in {', '.join(VIDEO_SUFFIXES)}",
+            "Put videos there, each with its caption: name.mp4 and name.txt",
+        )
+    return found
+
+
+def _written_before(source: Path, target: Path) -> dict[tuple[str, int], Entry]:
+    """What the target has from an earlier run. Raises `DatasetError` when it is a folder of something else."""
+    if target.resolve() == source.resolve():
+        raise DatasetError(f"{target} is the folder of the videos", "a dataset has its own", "Choose another folder")
+    if (target.exists() and not target.is_dir()) or (target / CLIPS).is_symlink():
+        raise DatasetError(f"{target} is no folder of its own", "a dataset is one", "Choose another folder")
+    if (target / MANIFEST).exists():
+        return {(entry.source, entry.start): entry for entry in Manifest.read(target).clips}
+    if target.exists() and any(target.iterdir()):
+        raise DatasetError(
+            f"{target} has files and is no dataset", "nothing is mixed with what is there", "Choose an empty folder"
+        )
+    return {}
+
+
+def _known(models: PrepareModels) -> _Known:
+    """Raises `DatasetError` or `WeightsError` when the files cannot be what is needed."""
+    vae = Checkpoint(models.vae)
+    if layouts.ENCODER.found_in(vae.names) is None:
+        raise DatasetError(
+            f"{models.vae} has no VAE encoder", "clips are encoded with one", "Choose a VAE file that has its encoder"
+        )
+    read_tokenizer(models.tokenizer)
+    width = build.open_t5(models.t5).config.d_model
+    identities = {name: identity(getattr(models, name)) for name in ("vae", "t5", "tokenizer")}
+    return _Known(identities, LatentStatistics.from_metadata(vae.metadata), width)
+
+
+def _plans(
+    source: Path, videos: list[Path], options: PrepareOptions, models: PrepareModels, known: _Known, work: _Work
+) -> list[_Plan]:
+    """What the videos become, in order; those that cannot become anything are skipped."""
+    captions = {path.name: path for path in source.iterdir() if path.suffix.lower() == ".txt"}
+    plans: list[_Plan] = []
+    ids, dtype = known.identities, str(models.dtype)
+    for video in videos:
+        try:
+            caption = _caption(video, captions)
+            look = look_at(video, options.clips_per_video * max(size.frames for size in options.sizes))
+            size, video_hash = choose_size(look, options.sizes), sha256_of(video)
+            features_of = digest_of(caption, ids["t5"], ids["tokenizer"], dtype)
+            for number in range(min(options.clips_per_video, look.frames // size.frames)):
+                start = number * size.frames
+                latents_of = digest_of(PROCESSING, video_hash, start, asdict(size), ids["vae"], dtype)
+                plans.append(_Plan(video, start, look, size, video_hash, caption, latents_of, features_of))
+        except (DatasetError, OSError) as error:
+            work.skip(video.name, error)
+        work.done()
+    stems = {video.stem for video in videos}
+    alone = [name for name, path in captions.items() if path.stem not in stems]
+    work.warnings += [(name, "No video has this name") for name in sorted(alone)]
+    return plans
+
+
+def _caption(video: Path, captions: dict[str, Path]) -> str:
+    """A video's caption. Raises `DatasetError` when there is none that can be read."""
+    names = [name for name, path in captions.items() if path.stem == video.stem]
+    if not names:
+        raise DatasetError(
+            f"{video.name} has no caption",
+            f"it must lie beside it as {video.stem}.txt",
+            "Write one; an empty file stands for no prompt",
+        )
+    content = captions[min(names)].read_bytes()
+    try:
+        if len(content) > LONGEST_CAPTION:
+            raise ValueError(f"it has {len(content)} bytes")
+        return content.decode("utf-8-sig").strip()
+    except ValueError as error:
+        raise DatasetError(
+            f"The caption {min(names)} cannot be read ({error})", "it must be a short text in UTF-8", "Save it so"
+        ) from error
+
+
+def _kept(entry: Entry | None, plan: _Plan, target: Path) -> Entry | None:
+    """What stays of an earlier run's clip: all of it, its latents alone, or nothing."""
+    if entry is None or entry.latents_of != plan.latents_of:
+        return None
+    file = target / CLIPS / entry.file
+    if not file.is_file() or sha256_of(file) != entry.file_hash:
+        return None
+    return entry if entry.features_of == plan.features_of else replace(entry, features_of="")
+
+
+def _nothing(source: Path, work: _Work) -> DatasetError:
+    reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in work.skipped[:SHOWN_REASONS])
+    if len(work.skipped) > SHOWN_REASONS:
+        reasons += f"; and {len(work.skipped) - SHOWN_REASONS} more"
+    return DatasetError(
+        f"None of the {len(work.skipped)} videos in {source} can be used ({reasons})",
+        "at least one must be",
+        "Mend what is said of each, and prepare them again",
+    )
+
+
+def _report(plans: list[_Plan], work: _Work) -> Report:
+    there = [plan for plan in plans if plan.key in work.entries]
+    warnings = list(work.warnings)
+    for plan in there:
+        entry = work.entries[plan.key]
+        warnings += [(plan.name, warning) for warning in (*entry.warnings, entry.cut) if warning]
+    return Report(
+        work.target,
+        tuple(plan.name for plan in there if plan.key in work.made),
+        tuple(plan.name for plan in there if plan.key not in work.made),
+        tuple(work.skipped),
+        tuple(warnings),
+    )
+
+
+def _plain(options: PrepareOptions, models: PrepareModels) -> dict[str, Any]:
+    return {**asdict(options), "dtype": str(models.dtype), "processing": PROCESSING}
+
+
+# What is made
+
+
+def _encode_videos(plans: list[_Plan], options: PrepareOptions, models: PrepareModels, work: _Work) -> None:
+    if not plans:
+        return
+    unchanged, encoder = Unchanged(models.vae), build.load_vae(models.vae, dtype=models.dtype).encoder
+    assert encoder is not None  # `_known` has looked
+    memory = models.memory
+    at_once = {size: _values_at_once(encoder, size, memory) for size in {plan.size for plan in plans}}
+    with on_device(encoder, memory.device, check=unchanged):
+        for plan in plans:
+            try:
+                pixels, size, warnings = _pixels(plan, options)
+            except (DatasetError, OSError) as error:
+                work.skip(plan.name, error)
+                work.total -= 1  # its caption is not read either
+            else:
+                mean, logvar = encode_clip(
+                    encoder, pixels, memory.device, at_once.get(size) or min(at_once.values()), work.still
+                )
+                require_finite(torch.stack([mean, logvar]), f"What the encoder makes of {plan.name}")
+                entry = Entry(
+                    *plan.key,
+                    **asdict(size),
+                    video=plan.video_hash,
+                    caption=plan.caption,
+                    caption_hash=_hash(plan.caption),
+                    latents_of=plan.latents_of,
+                    features_of="",
+                    file="",
+                    file_hash="",
+                    warnings=warnings,
+                )
+                work.put(_written(entry, work.target, dict(mean=mean, logvar=logvar)))
+            work.done()
+
+
+def _pixels(plan: _Plan, options: PrepareOptions) -> tuple[torch.Tensor, VideoSize, tuple[str, ...]]:
+    """The clip's frames, the size that they fill, and what is to be said of them."""
+    size, pixels = plan.size, read_pixels(plan.video, plan.size, plan.start)
+    damage = pixels.damage or plan.look.damage
+    if len(pixels.frames) < size.frames:
+        # The file promised more than could be decoded.
+        size = choose_size(replace(plan.look, frames=len(pixels.frames)), options.sizes)
+        damage = damage or "it ends early"
+        pixels = read_pixels(plan.video, size, plan.start)
+        if len(pixels.frames) < size.frames:
+            raise DatasetError(f"{plan.name} reads differently each time", "it must be a whole video", "Get it again")
+    warnings = [f"The video is damaged ({damage}); {size.frames} frames of it are used"] if damage else []
+    look = plan.look
+    if enlargement(look, size) > 1:
+        warnings.append(f"{look.width} x {look.height} is enlarged to {size.width} x {size.height}")
+    if left_out(look, size) > MUCH_CROPPED:
+        warnings.append(f"{left_out(look, size):.0%} of the picture is cropped away")
+    return pixels.frames, size, tuple(warnings)
+
+
+@torch.inference_mode()
+def encode_clip(
+    encoder: Encoder,
+    pixels: torch.Tensor,
+    device: torch.device | str,
+    values_at_once: int = VALUES_AT_ONCE,
+    report: Progress = silent,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and logarithm of the variance of a clip's latents, `C t h w`, float32, of its frames, `T H W 3`, uint8."""
+    video = rearrange(pixels, "T H W C -> 1 C T H W").float().div_(127.5).sub_(1)
+    dtype = next(encoder.parameters()).dtype
+    posterior = encoder.stagewise(video, dtype, device=device, values_at_once=values_at_once, report=report)
+    return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
+
+
+def _encode_captions(plans: list[_Plan], models: PrepareModels, work: _Work) -> None:
+    if not plans:
+        return
+    unchanged = Unchanged(models.t5)
+    model: Any = build.load_t5(models.t5, dtype=models.dtype)
+    text_encoder, blocks = TextEncoder(model, read_tokenizer(models.tokenizer)), model.encoder.block
+    resident, pinned = _resident(model, models.memory)
+    source = "pinned" if pinned else "file"
+    with streamed(model, blocks, models.memory.device, resident=resident, source=source, check=unchanged):
+        for plan in plans:
+            entry = work.entries[plan.key]
+            mean, logvar = read_tensors(work.target / CLIPS / entry.file, plan.name, ("mean", "logvar"))
+            encoded = text_encoder([plan.caption])
+            features = encoded.features[0][encoded.mask[0]].cpu().clone()
+            require_finite(features, f"The features of the caption of {plan.name}")
+            cut = warn_of_cut(text_encoder.tokenizer(plan.caption)) if plan.caption else None
+            entry = replace(
+                entry,
+                caption=plan.caption,
+                caption_hash=_hash(plan.caption),
+                features_of=plan.features_of,
+                cut=cut or "",
+            )
+            work.put(_written(entry, work.target, dict(mean=mean, logvar=logvar, features=features)))
+            work.done()
+
+
+def _written(entry: Entry, target: Path, tensors: dict[str, torch.Tensor]) -> Entry:
+    """Writes a clip's file under a name that nothing else has; the entry with that name.
+
+    What the manifest speaks of is never written over: it holds until the manifest speaks of the new file.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(entry.source).stem)[:40] or "_"
+    unique = digest_of(entry.source, entry.start, entry.latents_of, entry.features_of)[:16]
+    file = target / CLIPS / f"{stem}-{unique}.safetensors"
+    outputs = [
+        Output(name, TYPE_NAMES[tensor.dtype], tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    ]
+    write_safetensors(file, outputs, {"name": entry.name, "caption": entry.caption})
+    return replace(entry, file=file.name, file_hash=sha256_of(file))
+
+
+def _remove_strays(target: Path, held: set[str]) -> None:
+    """Removes files of ours that no clip has any more, and parts that a crash left."""
+    for path in (target / CLIPS).glob("*"):
+        part = path.name.startswith(".") and path.name.endswith(".part")
+        ours = FILE_NAME.match(path.name.lstrip(".")) if part else FILE_NAME.fullmatch(path.name)
+        if ours and path.name not in held:
+            path.unlink(missing_ok=True)
+
+
+# In how much memory
+
+
+def _values_at_once(encoder: Encoder, size: VideoSize, memory: MemoryPolicy) -> int:
+    """What the encoder may work on at once. Raises `MemoryBudgetError` when nothing fits."""
+    dtype = next(encoder.parameters()).dtype
+    on_cpu = torch.device(memory.device).type == "cpu"
+    weights = 0 if on_cpu else sum(parameter.nbytes for parameter in encoder.parameters())
+    needs = []
+    for division in DIVISIONS:
+        values = VALUES_AT_ONCE // division
+        needs.append(weights + stagewise_encode_bytes(encoder.config, size.latent, dtype=dtype, values_at_once=values))
+        if needs[-1] <= memory.budget_now * (1 - KEPT_BACK):
+            return values
+    raise _too_little(memory, min(needs), f"the encoder for {size.width} x {size.height}")
+
+
+def _resident(model: Any, memory: MemoryPolicy) -> tuple[int, bool]:
+    """How many of the T5's blocks stay on the device, and whether the others wait in pinned memory."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    config = TextConfig(**{name: getattr(model.config, name) for name in TextConfig.__dataclass_fields__})
+    blocks, on_cpu = model.encoder.block, torch.device(memory.device).type == "cpu"
+    activations, available = t5_activations(config, dtype=dtype) + unpacking_bytes(model, dtype), memory.budget_now
+    need = 0
+    for resident in range(len(blocks), -1, -1):
+        need = activations + (0 if on_cpu else device_bytes(model, blocks, resident))
+        if need <= available * (1 - KEPT_BACK):
+            sizes = block_bytes(blocks)
+            waiting = sum(sizes[index] for index in spread(len(blocks), resident))
+            most = memory.host_bytes
+            return resident, waiting <= (psutil.virtual_memory().available * PINNED_SHARE if most is None else most)
+    raise _too_little(memory, need, "the text encoder")
+
+
+def _too_little(memory: MemoryPolicy, need: int, name: str) -> MemoryBudgetError:
+    least = need / (1 - KEPT_BACK)
+    return MemoryBudgetError(
+        f"The budget is {memory.budget_now / 1e9:.3f} GB",
+        f"{name} needs at least {least / 1e9 + 0.0005:.3f} GB",
+        "Allow more memory, or give a smaller size",
+        least,
+    )
+
+
+# What identifies things
+
+
+def identity(path: Path) -> str:
+    """What a model's file, or the files of its folder, is known by: `sha256:...`, or `sampled:...` of a large one."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in MODEL_SUFFIXES and file.is_file())
+        named = [file for file in files if file.name in TOKENIZER_NAMES]
+        return digest_of(*((str(file.relative_to(path)), identity(file)) for file in files or named))
+    size = files[0].stat().st_size
+    if size <= HASHED_WHOLE:
+        return f"sha256:{sha256_of(path)}"
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place, length in _samples(size):
+            file.seek(place, os.SEEK_SET)
+            found.update(file.read(length))
+    return f"sampled:{found.hexdigest()}"
+
+
+def _samples(size: int) -> Iterator[tuple[int, int]]:
+    yield 0, HASHED_HEADER
+    for number in range(SAMPLES):
+        yield (size - HASHED_SAMPLE) * number // (SAMPLES - 1), HASHED_SAMPLE
+
+
+def sha256_of(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def digest_of(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
