@@ -19,6 +19,7 @@ from mochi_core.sampling.schedule import linear_quadratic  # noqa: E402
 from mochi_core.shapes import VideoSize  # noqa: E402
 from mochi_core.training import EXAMPLE_CLIPS  # noqa: E402
 from mochi_core.training.config import read_config  # noqa: E402
+from mochi_core.training.loop import Step  # noqa: E402
 from mochi_core.training.prepare import PrepareModels, PrepareOptions, prepare  # noqa: E402
 from mochi_core.training.tiny.classifier import classify  # noqa: E402
 from mochi_core.training.trainer import train  # noqa: E402
@@ -41,7 +42,12 @@ def main() -> int:
     print(prepare(EXAMPLE_CLIPS, FOLDER / "dataset", PrepareOptions((SIZE,)), PrepareModels.tiny()))
     config, _ = read_config(CONFIG, dataset=str(FOLDER / "dataset"), output=str(FOLDER / "lora"))
     with tqdm(total=config.steps, desc="Training") as bar:
-        path = train(config, lambda done: bar.update(done.step - bar.n) or bar.set_postfix(loss=f"{done.loss:.3f}"))
+
+        def watch(done: Step) -> None:
+            bar.update(done.step - bar.n)
+            bar.set_postfix(loss=f"{done.loss:.3f}")
+
+        path = train(config, watch)
     pipeline = MochiPipeline.tiny()
     before = videos(pipeline, "Before")
     with attached(pipeline.dit, branches([(read_lora(path, pipeline.dit), 1.0)])):

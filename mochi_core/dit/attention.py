@@ -50,10 +50,12 @@ class AsymmetricAttention(nn.Module):
         text_mask: torch.Tensor | None,
         *,
         tokens_at_once: int | None = None,
+        projected: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`visual`: `B N visual_dim`, `text`: `B L text_dim`, scales: `B C`; None for text that is not updated.
 
-        With `tokens_at_once` only the attention itself sees all visual tokens together.
+        With `tokens_at_once` only the attention itself sees all visual tokens together. Unless `projected` both streams
+        are as the attention left them, `B N visual_dim` and `B L visual_dim`: for whoever projects them.
         """
         if tokens_at_once is None:
             table = rotation.table() if isinstance(rotation, FactoredRotations) else rotation
@@ -61,6 +63,8 @@ class AsymmetricAttention(nn.Module):
         else:
             streams = self._qkv_in_chunks(visual, text, visual_scale, text_scale, rotation, tokens_at_once)
         visual_out, text_out = self.joint(*streams, text_mask)
+        if not projected:
+            return visual_out, text_out
         del streams  # three times the visual stream
         visual_branch = in_chunks(self.proj_x, tokens_at_once, visual_out)
         return visual_branch, None if self.proj_y is None else self.proj_y(text_out)

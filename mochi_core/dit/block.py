@@ -3,6 +3,7 @@
 Shapes: `B` batch, `N` visual tokens, `L` text tokens.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,8 @@ class AsymmetricJointBlock(nn.Module):
     """The last block of a model does not update the text: nothing reads it afterwards.
 
     `tokens_at_once` is a plain attribute that the caller may set on a finished model: how many visual tokens what is
-    done to each token alone is done to, None for all. It saves memory and changes nothing else.
+    done to each token alone is done to, None for all. It saves memory and changes nothing else. `after_attention`,
+    `feed_forward` and the attention's `visual_qkv` and `text_qkv` may be replaced too, by something around them.
     """
 
     tokens_at_once: int | None = None
@@ -47,21 +49,27 @@ class AsymmetricJointBlock(nn.Module):
         attn_scale, attn_gate, mlp_scale, mlp_gate = self.mod_x(conditioning).chunk(4, dim=-1)
         text_attn_scale, *text_rest = self.mod_y(conditioning).split(text.shape[-1], dim=-1)
 
-        def add_branch(x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-            return gated_residual(x, branch, attn_gate)
-
-        def add_mlp(x: torch.Tensor) -> torch.Tensor:
-            return gated_residual(x, self.mlp_x(modulated_rms_norm(x, mlp_scale)), mlp_gate)
-
         at_once = self.tokens_at_once
-        visual_branch, text_branch = self.attn(
-            visual, text, attn_scale, text_attn_scale, rotation, text_mask, tokens_at_once=at_once
+        visual_attended, text_attended = self.attn(
+            visual, text, attn_scale, text_attn_scale, rotation, text_mask, tokens_at_once=at_once, projected=False
         )
-        visual = in_chunks(add_branch, at_once, visual, visual_branch)
-        del visual_branch  # as large as the stream, and the MLP is where memory is short
-        visual = in_chunks(add_mlp, at_once, visual)
+        add_attended = partial(self.after_attention, self.attn.proj_x, gate=attn_gate)
+        visual = in_chunks(add_attended, at_once, visual, visual_attended)
         if self.mlp_y is not None:
             text_attn_gate, text_mlp_scale, text_mlp_gate = text_rest
-            text = gated_residual(text, text_branch, text_attn_gate)
-            text = gated_residual(text, self.mlp_y(modulated_rms_norm(text, text_mlp_scale)), text_mlp_gate)
+            text = self.after_attention(self.attn.proj_y, text, text_attended, gate=text_attn_gate)
+            text = self.feed_forward(self.mlp_y, text, scale=text_mlp_scale, gate=text_mlp_gate)
+        del visual_attended, text_attended  # as large as the streams, and the MLP is where memory is short
+        add_mlp = partial(self.feed_forward, self.mlp_x, scale=mlp_scale, gate=mlp_gate)
+        visual = in_chunks(add_mlp, at_once, visual)
         return visual, text
+
+    def after_attention(
+        self, project: Any, x: torch.Tensor, attended: torch.Tensor, *, gate: torch.Tensor
+    ) -> torch.Tensor:
+        """A stream, `B N C`, with what it got from the attention, `B N visual_dim`, projected and gated by `B C`."""
+        return gated_residual(x, project(attended), gate)
+
+    def feed_forward(self, mlp: Any, x: torch.Tensor, *, scale: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """A stream, `B N C`, with its MLP's branch; `scale` and `gate`: `B C`."""
+        return gated_residual(x, mlp(modulated_rms_norm(x, scale)), gate)

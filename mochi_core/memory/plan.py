@@ -216,12 +216,12 @@ Ways = list[tuple[int | None, int]]
 
 def _text_ways(network: Any) -> Ways:
     config = TextConfig(**{name: getattr(network.config, name) for name in TextConfig.__dataclass_fields__})
-    dtype = _dtype(network)
+    dtype = dtype_of(network)
     return [(None, t5_activations(config, dtype=dtype) + unpacking_bytes(network, dtype))]
 
 
 def _dit_ways(network: AsymmDiT, size: LatentSize, batch: int, text_tokens: int) -> Ways:
-    dtype = _dtype(network)
+    dtype = dtype_of(network)
     unpacking = unpacking_bytes(network, dtype)
 
     def need(at_once: int | None) -> int:
@@ -237,8 +237,8 @@ def _blocks_plan(
     name: str, network: nn.Module, blocks: Any, ways: Ways, budget: float, device: torch.device, pinnable: int
 ) -> NetworkPlan:
     """The first way that fits with as many resident blocks as fit beside it; chunks come before streaming."""
-    count, available = len(blocks), _usable(budget)
-    held = cache(lambda resident: _weights(network, blocks, resident, device))
+    count, available = len(blocks), usable(budget)
+    held = cache(lambda resident: weight_bytes(network, blocks, resident, device))
     residents = range(count, -1, -1)
     for at_once, activations in ways:
         whole_first = at_once is None and ways[1:] and ways[1][0] == BUSY_TOKENS
@@ -248,14 +248,14 @@ def _blocks_plan(
                 waiting = 0 if device.type == "cpu" else sum(sizes[index] for index in streamed_blocks)
                 source: Source = "pinned" if waiting <= pinnable else "file"
                 return NetworkPlan(count, resident, source, held(resident), activations, waiting, at_once)
-    raise _too_little(budget, min(map(held, residents)) + min(need for _, need in ways), name)
+    raise too_little_error(budget, min(map(held, residents)) + min(need for _, need in ways), name)
 
 
 def decode_plan(
     decoder: Decoder, size: LatentSize, budget: float, device: torch.device | str, *, batch: int = 1
 ) -> DecodePlan:
     """How the decoder streams with `budget` bytes of `device`; the rest as for `plan`."""
-    available, dtype, is_cpu = _usable(budget), _dtype(decoder), torch.device(device).type == "cpu"
+    available, dtype, is_cpu = usable(budget), dtype_of(decoder), torch.device(device).type == "cpu"
     weights = 0 if is_cpu else sum(parameter.nbytes for parameter in decoder.parameters())
     kept = kept_frames_bytes(decoder.config, size, batch=batch, dtype=dtype)
     needs = []
@@ -270,14 +270,16 @@ def decode_plan(
                 stay = min(kept, available - weights - need) if on_host else kept
                 return DecodePlan(stay, kept if on_host else 0, values, weights, need + (stay if on_host else 0))
             needs.append(need)
-    raise _too_little(budget, weights + min(needs), "the decoder")
+    raise too_little_error(budget, weights + min(needs), "the decoder")
 
 
-def _usable(budget: float) -> int:
+def usable(budget: float) -> int:
+    """What of a budget may be given to what is counted."""
     return int(budget * (1 - KEPT_BACK))
 
 
-def _too_little(budget: float, need: int, name: str) -> MemoryBudgetError:
+def too_little_error(budget: float, need: int, name: str) -> MemoryBudgetError:
+    """Says that `need` bytes are what would do."""
     least = need / (1 - KEPT_BACK)
     return MemoryBudgetError(
         f"The budget is {budget / 1e9:.3f} GB",
@@ -287,11 +289,12 @@ def _too_little(budget: float, need: int, name: str) -> MemoryBudgetError:
     )
 
 
-def _weights(network: nn.Module, blocks: Sequence[nn.Module], resident: int, device: torch.device) -> int:
+def weight_bytes(network: nn.Module, blocks: Sequence[nn.Module], resident: int, device: torch.device) -> int:
+    """As `device_bytes`; none on a CPU, where weights lie where they were loaded."""
     return 0 if device.type == "cpu" else device_bytes(network, blocks, resident)
 
 
-def _dtype(network: nn.Module) -> torch.dtype:
+def dtype_of(network: nn.Module) -> torch.dtype:
     """What a network computes in, as far as its parameters tell."""
     return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
 

@@ -7,11 +7,8 @@ the T5 over the captions; each clip is on disk, and in the manifest, as soon as 
 """
 
 import hashlib
-import json
 import logging
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +28,13 @@ from ..memory.vae_need import stagewise_encode_bytes
 from ..progress import Progress, silent
 from ..shapes import VideoSize
 from ..text.conditioning import TextEncoder, warn_of_cut
-from ..text.tokenizer import TOKENIZER_NAMES, read_tokenizer
+from ..text.tokenizer import read_tokenizer
 from ..vae import Encoder
 from ..vae.causal_conv import VALUES_AT_ONCE
 from ..weights import build, layouts
 from ..weights.checkpoint import Checkpoint
 from ..weights.files import TYPE_NAMES, Unchanged
+from ..weights.identity import digest_of, identity, sha256_of
 from ..weights.quantized import unpacking_bytes
 from ..weights.writer import Output, write_safetensors
 from .clips import VIDEO_SUFFIXES, Look, choose_size, enlargement, left_out, look_at, read_pixels
@@ -47,11 +45,6 @@ log = logging.getLogger(__name__)
 # Part of what latents are made of: to be raised when the same video would give others.
 PROCESSING = 1
 LONGEST_CAPTION = 1 << 16
-# A model's file up to this size is known by all its bytes, a larger one by its size, its first and last bytes, where
-# the header is, and samples between.
-HASHED_WHOLE = 2 << 30
-HASHED_HEADER, HASHED_SAMPLE, SAMPLES = 16 << 20, 1 << 20, 64
-MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model")
 # More of the picture than this cropped away is worth a word.
 MUCH_CROPPED = 0.4
 SHOWN_REASONS = 3
@@ -383,7 +376,7 @@ def _encode_videos(plans: list[_Plan], options: PrepareOptions, models: PrepareM
                     **asdict(size),
                     video=plan.video_hash,
                     caption=plan.caption,
-                    caption_hash=_hash(plan.caption),
+                    caption_hash=_text_hash(plan.caption),
                     latents_of=plan.latents_of,
                     features_of="",
                     file="",
@@ -448,7 +441,7 @@ def _encode_captions(plans: list[_Plan], models: PrepareModels, work: _Work) -> 
             entry = replace(
                 entry,
                 caption=plan.caption,
-                caption_hash=_hash(plan.caption),
+                caption_hash=_text_hash(plan.caption),
                 features_of=plan.features_of,
                 cut=cut or "",
             )
@@ -525,44 +518,5 @@ def _too_little(memory: MemoryPolicy, need: int, name: str) -> MemoryBudgetError
     )
 
 
-# What identifies things
-
-
-def identity(path: Path) -> str:
-    """What a model's file, or the files of its folder, is known by: `sha256:...`, or `sampled:...` of a large one."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in MODEL_SUFFIXES and file.is_file())
-        named = [file for file in files if file.name in TOKENIZER_NAMES]
-        return digest_of(*((str(file.relative_to(path)), identity(file)) for file in files or named))
-    size = files[0].stat().st_size
-    if size <= HASHED_WHOLE:
-        return f"sha256:{sha256_of(path)}"
-    found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for place, length in _samples(size):
-            file.seek(place, os.SEEK_SET)
-            found.update(file.read(length))
-    return f"sampled:{found.hexdigest()}"
-
-
-def _samples(size: int) -> Iterator[tuple[int, int]]:
-    yield 0, HASHED_HEADER
-    for number in range(SAMPLES):
-        yield (size - HASHED_SAMPLE) * number // (SAMPLES - 1), HASHED_SAMPLE
-
-
-def sha256_of(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
-
-
-def digest_of(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(text: str) -> str:
+def _text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

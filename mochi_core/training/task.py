@@ -108,10 +108,10 @@ class DiTTask:
         """What the network computes in."""
         return next(parameter.dtype for parameter in self.network.parameters() if parameter.is_floating_point())
 
-    def predict(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextConditioning) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: TextConditioning) -> torch.Tensor:
         """`sampling.guidance.Predict`, through the blocks as they are trained."""
-        more = {} if self.run_block is None else {"run_block": self.run_block}
-        features, mask = text.features.to(self.device), text.mask.to(self.device)
+        more: dict[str, Any] = {} if self.run_block is None else {"run_block": self.run_block}
+        features, mask = conditioning.features.to(self.device), conditioning.mask.to(self.device)
         return self.network(latents.to(self.device, self.dtype), sigma.to(self.device), features, mask, **more)
 
     def loss(self, index: int) -> Loss:

@@ -25,13 +25,13 @@ from ..text.conditioning import TextEncoder
 from ..text.tokenizer import read_tokenizer
 from ..weights import build
 from ..weights.files import Unchanged, opened
+from ..weights.identity import identity
 from ..weights.quantized import quantize_linears
 from .checkpointing import Checkpoints, checkpointed
 from .config import TINY, TrainingConfig
 from .dataset import Dataset
 from .loop import Watch, run, unseen
 from .lora import GROUPS, TrainableLora
-from .prepare import identity
 from .samples import Prompts, Strips
 from .task import Batches, DiTTask
 
@@ -126,7 +126,7 @@ def training_device(name: str) -> torch.device:
 
     if name == "auto":
         here = any(getattr(torch, kind).is_available() for kind in DEVICES if hasattr(torch, kind))
-        return PartialState().device if here or torch.backends.mps.is_available() else torch.device("cpu")
+        return (PartialState().device if here else None) or torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

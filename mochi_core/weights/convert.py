@@ -21,7 +21,18 @@ from ..latents import LatentStatistics
 from . import build, layouts
 from .blocks import BLOCK_FORMATS, Packed, quantize
 from .checkpoint import Checkpoint
-from .formats import FLOAT8, PACKED_SUFFIXES, PLAIN, QUANTIZED, SCALED_MARKER, Entry, Scaled, Scales, plain, quantized_float8
+from .formats import (
+    FLOAT8,
+    PACKED_SUFFIXES,
+    PLAIN,
+    QUANTIZED,
+    SCALED_MARKER,
+    Entry,
+    Scaled,
+    Scales,
+    plain,
+    quantized_float8,
+)
 from .layouts import DECODER, DIT, ENCODER, T5, Part
 from .writer import Output, write_safetensors, write_whole
 

@@ -90,8 +90,8 @@ def quantize_linears(network: nn.Module, format: str) -> None:
     for name, layer in list(network.named_modules()):
         if type(layer) is nn.Linear:
             parent, _, last = name.rpartition(".")
-            bias = None if layer.bias is None else layer.bias.detach()
-            setattr(network.get_submodule(parent), last, QuantizedLinear(quantized(layer.weight.detach(), format), bias))
+            bias, stored = None if layer.bias is None else layer.bias.detach(), quantized(layer.weight.detach(), format)
+            setattr(network.get_submodule(parent), last, QuantizedLinear(stored, bias))
 
 
 def unpacking_bytes(network: nn.Module, dtype: torch.dtype) -> int:

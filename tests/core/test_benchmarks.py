@@ -195,6 +195,37 @@ def test_streaming_plan(tmp_path: Path) -> None:
         assert row["counted_bytes"] == row["really_counted_bytes"] <= row["estimated_bytes"]
 
 
+SMALL_TRAINING = "--config tiny --width 64 --height 64 --frames 7 --text-tokens 16 --rounds 1"
+
+
+def test_training_memory(tmp_path: Path) -> None:
+    small = "--small 4 2 64 32 --small-latents 2x8x8 --dtype float32"
+    budgets = "--budgets 0.001 0.02 1 --counted-budgets 0.02 1"
+    result = run(tmp_path, "training_memory.py", f"{SMALL_TRAINING} {small} {budgets}")
+    ways = result["steps"]["float32"]["ways"]
+    assert len(ways) == 8 and all(row["identical_gradients"] and len(row["times_s"]) == 1 for row in ways.values())
+    bytes_ = {name: row["counted_bytes"] for name, row in ways.items()}
+    everything = bytes_["nothing recomputed"]
+    assert all(count < everything for name, count in bytes_.items() if name != "nothing recomputed")
+    assert bytes_["whole blocks, all streamed"] < min(bytes_["whole blocks, half streamed"], bytes_["whole blocks"])
+    for row in ways.values():
+        assert row["really_counted_bytes"] is None or row["really_counted_bytes"] <= row["estimated_bytes"]
+    (clip,) = result["full_size"]
+    reference = clip["reference"]
+    assert 0 < reference["counted_bytes"] <= reference["estimated_bytes"]
+    too_small, *planned = clip["budgets"]
+    assert "needs at least" in too_small["error"]
+    assert all(row["fits"] and row["counted_bytes"] <= row["estimated_bytes"] for row in planned)
+
+
+def test_training_on_a_device_dry_run(tmp_path: Path) -> None:
+    records = run(tmp_path, "training_memory.py", f"{SMALL_TRAINING} --really --budgets 0.001 1")["device"]
+    reference, too_small, planned = records
+    assert reference["what"] == "reference" and reference["seconds"] > 0 and reference["checkpoints"]["qkv"] >= 48
+    assert "needs at least" in too_small["error"]
+    assert planned["resident"] == 4 and planned["budget_bytes"] == 1e9
+
+
 def test_full_size_dry_run(tmp_path: Path) -> None:
     result = run(tmp_path, "gpu/full_size.py", f"{FULL_SIZE} --kernels sdpa --peers")
     records = result["records"]

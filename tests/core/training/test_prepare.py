@@ -19,7 +19,7 @@ from mochi_core.text.tokenizer import read_tokenizer
 from mochi_core.training import prepare as module
 from mochi_core.training.clips import read_pixels
 from mochi_core.training.dataset import CLIPS, MANIFEST, Dataset, Manifest
-from mochi_core.training.prepare import PrepareModels, PrepareOptions, identity, prepare
+from mochi_core.training.prepare import PrepareModels, PrepareOptions, prepare
 from mochi_core.vae import Encoder
 from mochi_core.weights import build
 
@@ -494,33 +494,3 @@ def test_the_networks_are_never_on_the_device_together(source, target, monkeypat
     monkeypatch.setattr(module, "streamed", watched(module.streamed, "t5"))
     prepare(source, target, OPTIONS, MODELS)
     assert seen == [{"encoder"}, {"t5"}]
-
-
-# What files are known by
-
-
-def test_large_files_are_sampled(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(5000))
-    whole = identity(path)
-    assert whole.startswith("sha256:")
-    for name, value in (("HASHED_WHOLE", 4000), ("HASHED_HEADER", 100), ("HASHED_SAMPLE", 10), ("SAMPLES", 4)):
-        monkeypatch.setattr(module, name, value)
-    sampled = identity(path)
-    assert sampled.startswith("sampled:")
-    for place, seen in ((0, True), (99, True), (4999, True), (1665, True), (800, False)):
-        content = bytearray(5000)
-        content[place] = 1
-        path.write_bytes(content)
-        assert (identity(path) != sampled) == seen
-    path.write_bytes(bytes(5001))
-    assert identity(path) != sampled
-
-
-def test_a_folder_is_its_files(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = identity(tmp_path)
-    (tmp_path / "README.md").write_bytes(b"words")
-    assert identity(tmp_path) == before
-    (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert identity(tmp_path) != before

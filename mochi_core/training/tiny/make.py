@@ -1,0 +1,247 @@
+"""The checkpoint from nothing, stage by stage; what a stage has finished is not done again.
+
+make(Path("tiny"), Recipe())
+
+Started by `accelerate launch` each process takes its part of every step. A step is made of `PARTS` micro-batches
+whatever the number of processes: it decides only how long it takes.
+
+Shapes: `B C T H W` = batch, channels, latent frames, latent rows, latent columns.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ...config import TINY, ModelConfig
+from ...errors import TrainingError
+from ...pipeline import MochiPipeline, decode
+from ...preview import LatentColours
+from ...text.tokenizer import read_tokenizer
+from ...weights import build
+from ...weights.writer import write_whole
+from ..loop import LoopOptions, Task, Watch, run, unseen
+from ..optimizer import OptimizerOptions
+from . import evaluate, scenes
+from .card import Measured, card
+from .dit import MAIN_FRAMES, DiTRecipe, DiTTask, new_dit
+from .files import LICENSE, ModelFiles, metadata, rewritten
+from .latents import Cache, encoded
+from .text import Reader, TextTask, new_t5
+from .tokenizer import write_tokenizer
+from .vae import VAE, Crops, VAERecipe, VAETask, new_vae
+
+log = logging.getLogger(__name__)
+
+PARTS = 2
+USUAL_MINUTES = 120.0
+WORK, TIMES = "work", "minutes.json"
+MOST_LATENT_FRAMES = 5
+LONG_SHARE = 12  # one clip in so many is of the longest kind
+
+TEXT_RATES = OptimizerOptions(
+    "adamw", 3e-3, weight_decay=0.0, betas=(0.9, 0.98), warmup=20, schedule="cosine", final_rate=0.02
+)
+VAE_RATES = OptimizerOptions(
+    "muon", 0.02, weight_decay=0.0, betas=(0.9, 0.99), warmup=20, schedule="cosine", final_rate=0.03, vector_rate=3e-3
+)
+DECODER_RATES = replace(VAE_RATES, rate=0.008, vector_rate=1e-3)
+DIT_RATES = OptimizerOptions(
+    "muon",
+    0.02,
+    weight_decay=0.0,
+    betas=(0.9, 0.98),
+    warmup=30,
+    schedule="linear",
+    hold=0.5,
+    final_rate=0.02,
+    vector_rate=2e-3,
+    slow={"pos_frequencies": 0.1},
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the checkpoint. `clips` are cached for the DiT."""
+
+    config: ModelConfig = TINY
+    seed: int = 0
+    text_steps: int = 300
+    vae_steps: int = 2000
+    decoder_steps: int = 600
+    clips: int = 8000
+    dit_steps: int = 4500
+    text_batch: int = 128
+    vae: VAERecipe = VAERecipe()
+    decoder: VAERecipe = VAERecipe(kl=0.0, crops=((0.0, Crops(1, scenes.FRAMES, scenes.SIZE)),))
+    dit: DiTRecipe = DiTRecipe()
+    asked: int = 200
+    evaluated: evaluate.Settings = evaluate.Settings()
+    save_every: int = 100
+
+    def scaled(self, share: float) -> "Recipe":
+        """The same in another time: so many of each stage's steps, and of the clips."""
+        names = ("text_steps", "vae_steps", "decoder_steps", "clips", "dit_steps")
+        return replace(self, **{name: max(1, round(getattr(self, name) * share)) for name in names})
+
+
+def make(out: Path, recipe: Recipe = Recipe(), watch: Watch = unseen) -> Measured | None:
+    """Writes the checkpoint and its card to `out`; returns what was measured, in the leading process.
+
+    Raises `TrainingError` when the folder holds a checkpoint begun with another recipe.
+    """
+    return _Make(out, recipe, watch).whole()
+
+
+@dataclass
+class _Make:
+    out: Path
+    recipe: Recipe
+    watch: Watch
+    minutes: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from accelerate import PartialState  # slow to import
+
+        self.processes = PartialState(cpu=True)
+        if PARTS % self.processes.num_processes:
+            raise TrainingError(
+                f"There are {self.processes.num_processes} processes",
+                f"each must take as many of a step's {PARTS} parts",
+                f"Start 1 or {PARTS}",
+            )
+        self.work, self.files = self.out / WORK, ModelFiles(self.out)
+        self.work.mkdir(parents=True, exist_ok=True)
+        if (self.work / TIMES).exists():
+            self.minutes = json.loads((self.work / TIMES).read_text())
+
+    def whole(self) -> Measured | None:
+        recipe, config, seed = self.recipe, self.recipe.config, self.recipe.seed
+        if self._leads and not self.files.tokenizer.exists():
+            write_tokenizer(self.files.tokenizer)
+        self.processes.wait_for_everyone()
+        tokenizer = read_tokenizer(self.files.tokenizer)
+
+        task: Task = TextTask(
+            Reader(new_t5(config.text, seed)), tokenizer, seed, recipe.text_batch, metadata=metadata(config.text)
+        )
+        text = self._learnt("text", task, recipe.text_steps, TEXT_RATES, 0.99)
+        task = VAETask(new_vae(config.vae, seed), recipe.vae, recipe.vae_steps * PARTS, seed)
+        task.metadata = metadata(config.vae)
+        vae = self._learnt("vae", task, recipe.vae_steps, VAE_RATES, 0.99)
+        task = VAETask(read_vae(vae), recipe.decoder, recipe.decoder_steps * PARTS, seed + 1, decoder_alone=True)
+        task.metadata = metadata(config.vae)
+        vae = self._learnt("decoder", task, recipe.decoder_steps, DECODER_RATES, 0.99)
+
+        caches = self._latents(vae)
+        statistics = caches[MAIN_FRAMES].statistics()
+        task = DiTTask(
+            new_dit(config.dit, seed),
+            build.load_t5(text, dtype=torch.float32),
+            tokenizer,
+            caches,
+            statistics,
+            recipe.dit,
+            seed,
+            metadata(config.dit, statistics),
+        )
+        dit = self._learnt("dit", task, recipe.dit_steps, DIT_RATES, 0.998)
+        if not self._leads:
+            return None
+
+        with self._timed("measuring"):
+            colours = fitted_colours(read_vae(vae), caches[MAIN_FRAMES])
+            rewritten(dit, self.files.dit, metadata(config.dit, statistics) | colours.metadata)
+            rewritten(vae, self.files.vae, metadata(config.vae, statistics))
+            rewritten(text, self.files.t5, metadata(config.text))
+            measured = measure(self.files, recipe.asked, recipe.evaluated)
+        self._write_card(measured, statistics.std)
+        return measured
+
+    def _learnt(self, name: str, task: Task, steps: int, rates: OptimizerOptions, ema: float) -> Path:
+        """The file of a stage's finished training."""
+        folder = self.work / name
+        options = LoopOptions(
+            steps,
+            accumulation=PARTS // self.processes.num_processes,
+            ema=ema,
+            save_every=self.recipe.save_every,
+            optimizer=rates,
+            tensorboard=False,
+        )
+        log.info("%s: %s steps", name, steps)
+        with self._timed(name):
+            path = run(task, options, folder, self.watch)
+        self.processes.wait_for_everyone()
+        return folder / "final.safetensors" if path == folder else path
+
+    def _latents(self, vae: Path) -> Mapping[int, Cache]:
+        counts = {
+            MAIN_FRAMES: self.recipe.clips,
+            MOST_LATENT_FRAMES: -(-self.recipe.clips // LONG_SHARE),
+        }
+        paths = {frames: self.work / f"latents_{frames}.safetensors" for frames in counts}
+        if self._leads:
+            with self._timed("latents"):
+                encoder, first = read_vae(vae).encoder, 0
+                for frames, count in counts.items():
+                    if not paths[frames].exists():
+                        encoded(encoder, count, (frames - 1) * 6 + 1, first).write(paths[frames])
+                    first += count
+        self.processes.wait_for_everyone()
+        return {frames: Cache.read(path) for frames, path in paths.items()}
+
+    def _write_card(self, measured: Measured, deviations: tuple[float, ...]) -> None:
+        said = card(measured, deviations, self.files.megabytes, LICENSE, self.minutes, self.processes.num_processes)
+        write_whole(self.files.card, said.encode())
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Adds to what a stage took, over interruptions too."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.minutes[name] = self.minutes.get(name, 0.0) + (time.perf_counter() - started) / 60
+            if self._leads:
+                write_whole(self.work / TIMES, json.dumps(self.minutes).encode())
+
+    @property
+    def _leads(self) -> bool:
+        return self.processes.is_main_process
+
+
+def read_vae(path: Path) -> VAE:
+    """Both halves of a VAE's file, in float32, to be trained or used."""
+    held = build.load_vae(path, dtype=torch.float32)
+    if held.encoder is None or held.decoder is None:
+        raise TrainingError(f"{path} has half a VAE", "both halves are needed", "Remove it to train it anew")
+    vae = VAE.__new__(VAE)
+    torch.nn.Module.__init__(vae)
+    vae.encoder, vae.decoder = held.encoder, held.decoder
+    return vae
+
+
+@torch.no_grad()
+def fitted_colours(vae: VAE, cache: Cache, clips: int = 48) -> LatentColours:
+    """What previews show of the latents."""
+    latents = cache.mean[:clips].float()
+    frames = torch.cat(list(decode(vae.decoder, latents)), dim=1)
+    return LatentColours.fitted(cache.statistics().to_model_space(latents), frames)
+
+
+def measure(files: ModelFiles, asked: int, settings: evaluate.Settings) -> Measured:
+    """The card's figures, from the files as users have them."""
+    pipeline = MochiPipeline.from_files(
+        dit=files.dit, vae=files.vae, t5=files.t5, tokenizer=files.tokenizer, dtype=torch.float32
+    )
+    generated, _ = evaluate.generation(pipeline, evaluate.held_out_captions(asked), settings)
+    vae = read_vae(files.vae).eval()
+    known = evaluate.reconstruction(vae.encoder, vae.decoder, asked, frames=settings.frames)
+    reserved = evaluate.reconstruction(vae.encoder, vae.decoder, asked, reserved=True, frames=settings.frames)
+    return Measured(generated, known, reserved, asked, settings.frames, settings.steps, settings.cfg)
