@@ -9,8 +9,8 @@ TEMPLATE = """# The tiny checkpoint (model card)
 
 Mochi 1's architecture with small numbers, trained from nothing on procedural clips: one coloured shape, one motion, one
 background, {size}x{size}, 7 to {most} frames. It makes the whole chain real on any machine: tokenizer -> T5
--> AsymmDiT with CFG -> Euler -> causal decoder. {license}; the data is generated, nothing was downloaded. {megabytes:.1f} MB
-in bfloat16.
+-> AsymmDiT with CFG -> Euler -> causal decoder. {license}; the data is generated, nothing was downloaded.
+{megabytes:.1f} MB in bfloat16.
 
 `python -m mochi_core.training.tiny make --out DIR` makes it anew, `... evaluate --model DIR` measures it.
 
@@ -22,8 +22,8 @@ in bfloat16.
 | `tokenizer.json` | unigram, lower case, `<pad>` 0, `</s>` 1, `<unk>` 2 |
 
 Metadata: `config` (JSON), and in DiT and VAE `latents_mean`, `latents_std`: **its own statistics, standard deviations
-from {low:.2f} to {high:.2f}, so the released model's would be wrong**; in the DiT `latent_colours` for previews. The null
-prompt is an all-False mask.
+from {low:.2f} to {high:.2f}, so the released model's would be wrong**; in the DiT `latent_colours` for previews. The
+null prompt is an all-False mask.
 
 Words it knows. {words}
 It has never seen a {shape} or anything {motion}: that is for a LoRA to teach (its T5 knows the words).
@@ -38,8 +38,17 @@ fixed seeds) by `classifier.py`, which looks at pixels alone:
 VAE on clips of held-out combinations: {psnr:.1f} dB PSNR; the classifier reads through it {through}.
 Reserved shape and motion through the VAE: {reserved}.
 
-Made in {minutes:.0f} minutes on {processes} CPU process(es): {stages}.
+Made in {minutes:.0f} minutes by {processes} CPU process(es), each of which had a core for {processor:.0f} of them.
+Minutes by stage: {stages}.
 """
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a stage took: of time, and of the processor in each process."""
+
+    minutes: float = 0.0
+    processor_minutes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,10 @@ def card(
     stds: tuple[float, ...],
     megabytes: float,
     license: str,
-    minutes: Mapping[str, float],
+    times: Mapping[str, Spent],
     processes: int,
 ) -> str:
-    """The card's text. `minutes` are those of each stage."""
+    """The card's text. `times` are those of each stage."""
     kinds = {
         "Colours": (scenes.COLOUR_WORDS, ()),
         "Shapes": (scenes.SHAPE_WORDS, (scenes.RESERVED_SHAPE,)),
@@ -92,9 +101,10 @@ def card(
         psnr=measured.vae["psnr"],
         through=_listed(measured.vae),
         reserved=_listed(measured.reserved),
-        minutes=sum(minutes.values()),
+        minutes=sum(spent.minutes for spent in times.values()),
+        processor=sum(spent.processor_minutes for spent in times.values()),
         processes=processes,
-        stages=", ".join(f"{name} {spent:.0f}" for name, spent in minutes.items()),
+        stages=", ".join(f"{name} {spent.minutes:.0f}" for name, spent in times.items()),
     )
 
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from ...weights.writer import write_whole
 from ..loop import LoopOptions, Task, Watch, run, unseen
 from ..optimizer import OptimizerOptions
 from . import evaluate, scenes
-from .card import Measured, card
+from .card import Measured, Spent, card
 from .dit import MAIN_FRAMES, DiTRecipe, DiTTask, new_dit
 from .files import LICENSE, ModelFiles, metadata, rewritten
 from .latents import Cache, encoded
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 PARTS = 2
 USUAL_MINUTES = 120.0
-WORK, TIMES = "work", "minutes.json"
+WORK, TIMES = "work", "times.json"
 MOST_LATENT_FRAMES = 5
 LONG_SHARE = 12  # one clip in so many is of the longest kind
 
@@ -71,7 +71,7 @@ class Recipe:
 
     config: ModelConfig = TINY
     seed: int = 0
-    text_steps: int = 300
+    text_steps: int = 400
     vae_steps: int = 2000
     decoder_steps: int = 600
     clips: int = 8000
@@ -103,7 +103,7 @@ class _Make:
     out: Path
     recipe: Recipe
     watch: Watch
-    minutes: dict[str, float] = field(default_factory=dict)
+    times: dict[str, Spent] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from accelerate import PartialState  # slow to import
@@ -118,7 +118,8 @@ class _Make:
         self.work, self.files = self.out / WORK, ModelFiles(self.out)
         self.work.mkdir(parents=True, exist_ok=True)
         if (self.work / TIMES).exists():
-            self.minutes = json.loads((self.work / TIMES).read_text())
+            held = json.loads((self.work / TIMES).read_text())
+            self.times = {name: Spent(**spent) for name, spent in held.items()}
 
     def whole(self) -> Measured | None:
         recipe, config, seed = self.recipe, self.recipe.config, self.recipe.seed
@@ -197,19 +198,21 @@ class _Make:
         return {frames: Cache.read(path) for frames, path in paths.items()}
 
     def _write_card(self, measured: Measured, deviations: tuple[float, ...]) -> None:
-        said = card(measured, deviations, self.files.megabytes, LICENSE, self.minutes, self.processes.num_processes)
+        said = card(measured, deviations, self.files.megabytes, LICENSE, self.times, self.processes.num_processes)
         write_whole(self.files.card, said.encode())
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         """Adds to what a stage took, over interruptions too."""
-        started = time.perf_counter()
+        before, started = self.times.get(name, Spent()), (time.perf_counter(), time.process_time())
         try:
             yield
         finally:
-            self.minutes[name] = self.minutes.get(name, 0.0) + (time.perf_counter() - started) / 60
+            wall, processor = time.perf_counter() - started[0], time.process_time() - started[1]
+            self.times[name] = Spent(before.minutes + wall / 60, before.processor_minutes + processor / 60)
             if self._leads:
-                write_whole(self.work / TIMES, json.dumps(self.minutes).encode())
+                held = {name: asdict(spent) for name, spent in self.times.items()}
+                write_whole(self.work / TIMES, json.dumps(held).encode())
 
     @property
     def _leads(self) -> bool:
