@@ -1,11 +1,13 @@
 # Two targets do everything on a machine with Python, git and make: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# 2 for two cores, 1 for a GPU
+TINY_PROCESSES ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # a stamp for each ComfyUI that was set up
 HOST_READY := .venv/ready$(subst /,-,$(COMFYUI_PATH))
 
-.PHONY: setup demo test shows train-demo lint types pictures clean
+.PHONY: setup demo test shows train-demo tiny lint types pictures clean
 
 setup: $(HOST_READY)
 
@@ -60,6 +62,11 @@ shows: setup
 # teaches the embedded model a motion from 20 clips
 train-demo: setup
 	$(BIN)/python scripts/train_demo.py
+
+# the tiny checkpoint from nothing, a process for each of two cores; interrupted, it goes on from there
+tiny: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(TINY_PROCESSES) \
+		-m mochi_core.training.tiny make --out output/tiny
 
 clean:
 	rm -rf .venv .cache node_modules output

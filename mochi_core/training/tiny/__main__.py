@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ...errors import MochiError
+from ...weights import build
 from ..loop import Step
 from .card import Measured
 from .files import ModelFiles
@@ -26,8 +27,9 @@ Result = TypeVar("Result")
 def make(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; an interrupted one goes on there.")],
     minutes: Annotated[float, typer.Option(help="About how long it may take on two cores.")] = 120.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
-    """The tiny checkpoint from nothing. For two cores: `accelerate launch --cpu --num_processes 2 -m` this module."""
+    """The tiny checkpoint from nothing. On two cores start two processes, as `make tiny` does."""
     from .make import USUAL_MINUTES, Recipe
     from .make import make as made
 
@@ -37,14 +39,14 @@ def make(
         if done.step % SAID_EVERY == 0:
             console.print(f"step {done.step} of {done.steps}: loss {done.loss:.4f}, {done.seconds:.2f} s a step")
 
-    measured = _said(lambda: made(out, Recipe().scaled(minutes / USUAL_MINUTES), watch))
+    measured = _said(lambda: made(out, Recipe().scaled(minutes / USUAL_MINUTES), watch, device))
     if measured is not None:
         _show(measured)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="Folder with the four files.")],
+    model: Annotated[Path, typer.Option(help="Folder with the four files.")] = build.TINY_DIT.parent,
     captions: Annotated[int, typer.Option(help="How many held-out captions.")] = 200,
     steps: int = 30,
     cfg: float = 4.0,
@@ -67,7 +69,8 @@ def _said(work: Callable[[], Result]) -> Result:
 
 
 def _prepare() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     # Threads of processes side by side would stand in each other's way.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1"))))
 

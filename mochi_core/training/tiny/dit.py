@@ -115,14 +115,16 @@ class DiTTask:
         return self.statistics.to_model_space(clean), captions
 
     def loss(self, index: int) -> Loss:
+        device = self.dit.pos_frequencies.device
         clean, captions = self.batch(index)
         chance = generator(self.seed, "noise", index)
         noise, sigma = torch.randn(clean.shape, generator=chance), self.recipe.levels.draw(len(clean), chance)
+        clean, noise, sigma = clean.to(device), noise.to(device), sigma.to(device)
         with torch.no_grad():
             features, mask = encode(self.t5, self.tokenizer, captions)
 
         def predict(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
                 return self.dit(latents, sigma, features, mask)
 
         return Loss(flow_matching_loss(predict, clean, noise, sigma).mean())

@@ -69,13 +69,14 @@ def encoded(
 ) -> Cache:
     """The posteriors of clips `first` to `first + count` of the training set; `done` is told how many there are."""
     means, deviations, shown = [], [], []
+    device = next(encoder.parameters()).device
     for start in range(first, first + count, AT_ONCE):
         clips = [scenes.training_clip(SEED, i, frames) for i in range(start, min(start + AT_ONCE, first + count))]
-        video = torch.stack([clip.frames for clip in clips]) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        video = torch.stack([clip.frames for clip in clips]).to(device) * 2 - 1
+        with torch.autocast(device.type, torch.bfloat16):
             posterior = encoder(rearrange(video, "B T H W C -> B C T H W"))
-        means.append(posterior.mean.to(torch.bfloat16))
-        deviations.append(torch.exp(0.5 * widen(posterior.logvar).clamp(-12, 4)).to(torch.bfloat16))
+        means.append(posterior.mean.to("cpu", torch.bfloat16))
+        deviations.append(torch.exp(0.5 * widen(posterior.logvar).clamp(-12, 4)).to("cpu", torch.bfloat16))
         shown += [clip.scene for clip in clips]
         done(len(shown))
     return Cache(torch.cat(means), torch.cat(deviations), tuple(shown))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from ...weights import build
 from ...weights.writer import write_whole
 from ..loop import LoopOptions, Task, Watch, run, unseen
 from ..optimizer import OptimizerOptions
+from ..trainer import training_device
 from . import evaluate, scenes
 from .card import Measured, Spent, card
 from .dit import MAIN_FRAMES, DiTRecipe, DiTTask, new_dit
@@ -90,12 +92,12 @@ class Recipe:
         return replace(self, **{name: max(1, round(getattr(self, name) * share)) for name in names})
 
 
-def make(out: Path, recipe: Recipe = Recipe(), watch: Watch = unseen) -> Measured | None:
+def make(out: Path, recipe: Recipe = Recipe(), watch: Watch = unseen, device: str = "auto") -> Measured | None:
     """Writes the checkpoint and its card to `out`; returns what was measured, in the leading process.
 
-    Raises `TrainingError` when the folder holds a checkpoint begun with another recipe.
+    Raises `TrainingError` when the folder holds a checkpoint begun with another recipe, or the device is not here.
     """
-    return _Make(out, recipe, watch).whole()
+    return _Make(out, recipe, watch, device).whole()
 
 
 @dataclass
@@ -103,12 +105,14 @@ class _Make:
     out: Path
     recipe: Recipe
     watch: Watch
+    on: str
     times: dict[str, Spent] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from accelerate import PartialState  # slow to import
 
-        self.processes = PartialState(cpu=True)
+        self.device = training_device(self.on)
+        self.processes = PartialState(cpu=self.device.type == "cpu")
         if PARTS % self.processes.num_processes:
             raise TrainingError(
                 f"There are {self.processes.num_processes} processes",
@@ -128,36 +132,32 @@ class _Make:
         self.processes.wait_for_everyone()
         tokenizer = read_tokenizer(self.files.tokenizer)
 
-        task: Task = TextTask(
-            Reader(new_t5(config.text, seed)), tokenizer, seed, recipe.text_batch, metadata=metadata(config.text)
-        )
+        reader = Reader(new_t5(config.text, seed)).to(self.device)
+        task: Task = TextTask(reader, tokenizer, seed, recipe.text_batch, metadata=metadata(config.text))
         text = self._learnt("text", task, recipe.text_steps, TEXT_RATES, 0.99)
-        task = VAETask(new_vae(config.vae, seed), recipe.vae, recipe.vae_steps * PARTS, seed)
-        task.metadata = metadata(config.vae)
+
+        said = metadata(config.vae)
+        task = VAETask(
+            new_vae(config.vae, seed).to(self.device), recipe.vae, recipe.vae_steps * PARTS, seed, metadata=said
+        )
         vae = self._learnt("vae", task, recipe.vae_steps, VAE_RATES, 0.99)
-        task = VAETask(read_vae(vae), recipe.decoder, recipe.decoder_steps * PARTS, seed + 1, decoder_alone=True)
-        task.metadata = metadata(config.vae)
+        halves = read_vae(vae).to(self.device)
+        task = VAETask(halves, recipe.decoder, recipe.decoder_steps * PARTS, seed + 1, True, metadata=said)
         vae = self._learnt("decoder", task, recipe.decoder_steps, DECODER_RATES, 0.99)
 
         caches = self._latents(vae)
         statistics = caches[MAIN_FRAMES].statistics()
-        task = DiTTask(
-            new_dit(config.dit, seed),
-            build.load_t5(text, dtype=torch.float32),
-            tokenizer,
-            caches,
-            statistics,
-            recipe.dit,
-            seed,
-            metadata(config.dit, statistics),
-        )
-        dit = self._learnt("dit", task, recipe.dit_steps, DIT_RATES, 0.998)
+        said = metadata(config.dit, statistics)
+        t5: Any = build.load_t5(text, dtype=torch.float32)
+        dit = new_dit(config.dit, seed).to(self.device)
+        task = DiTTask(dit, t5.to(self.device), tokenizer, caches, statistics, recipe.dit, seed, said)
+        learnt = self._learnt("dit", task, recipe.dit_steps, DIT_RATES, 0.998)
         if not self._leads:
             return None
 
         with self._timed("measuring"):
             colours = fitted_colours(read_vae(vae), caches[MAIN_FRAMES])
-            rewritten(dit, self.files.dit, metadata(config.dit, statistics) | colours.metadata)
+            rewritten(learnt, self.files.dit, said | colours.metadata)
             rewritten(vae, self.files.vae, metadata(config.vae, statistics))
             rewritten(text, self.files.t5, metadata(config.text))
             measured = measure(self.files, recipe.asked, recipe.evaluated)
@@ -189,7 +189,7 @@ class _Make:
         paths = {frames: self.work / f"latents_{frames}.safetensors" for frames in counts}
         if self._leads:
             with self._timed("latents"):
-                encoder, first = read_vae(vae).encoder, 0
+                encoder, first = read_vae(vae).encoder.to(self.device), 0
                 for frames, count in counts.items():
                     if not paths[frames].exists():
                         encoded(encoder, count, (frames - 1) * 6 + 1, first).write(paths[frames])

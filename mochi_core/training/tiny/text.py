@@ -73,9 +73,9 @@ class Reader(nn.Module):
 def encode(t5: T5EncoderModel, tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Features `B L C` and mask `B L`, as long as the longest; an empty caption has no token."""
     ids = [tokenizer.all_ids(caption) if caption else [] for caption in captions]
-    longest = max(1, *map(len, ids))
-    padded = torch.tensor([[*some, *[PAD_ID] * (longest - len(some))] for some in ids])
-    mask = torch.tensor([[place < len(some) for place in range(longest)] for some in ids])
+    longest, device = max(1, *map(len, ids)), t5.shared.weight.device
+    padded = torch.tensor([[*some, *[PAD_ID] * (longest - len(some))] for some in ids], device=device)
+    mask = torch.tensor([[place < len(some) for place in range(longest)] for some in ids], device=device)
     features = t5(input_ids=padded, attention_mask=mask.long()).last_hidden_state
     return features.masked_fill(~mask.unsqueeze(-1), 0), mask
 
@@ -116,9 +116,9 @@ class TextTask:
         captions, told = self.captions(index)
         features, mask = encode(self.reader.t5, self.tokenizer, captions)
         mean = features.sum(1) / mask.sum(1, keepdim=True)
-        value, right = features.new_zeros(()), torch.ones(len(captions), dtype=torch.bool)
+        value, right = features.new_zeros(()), mask.any(1)
         for name, words in CHOICES.items():
-            wanted = torch.tensor([words.index(getattr(scene, name)) for scene in told])
+            wanted = features.new_tensor([words.index(getattr(scene, name)) for scene in told], dtype=torch.long)
             of_mean, of_tokens = self.reader.heads[name](mean), self.reader.heads[name](features)
             each = F.cross_entropy(of_tokens[mask], wanted[:, None].expand_as(mask)[mask])
             value = value + self.mean_share * F.cross_entropy(of_mean, wanted) + (1 - self.mean_share) * each
@@ -146,9 +146,9 @@ def reading_accuracy(reader: Reader, tokenizer: Tokenizer, told: Sequence[scenes
     chance = np.random.default_rng((seed, 3))
     features, mask = encode(reader.t5, tokenizer, [scene.caption(chance) for scene in told])
     mean = features.sum(1) / mask.sum(1, keepdim=True)
-    all_right, token_right = torch.ones(len(told), dtype=torch.bool), []
+    all_right, token_right = mask.any(1), []
     for name, words in CHOICES.items():
-        wanted = torch.tensor([words.index(getattr(scene, name)) for scene in told])
+        wanted = features.new_tensor([words.index(getattr(scene, name)) for scene in told], dtype=torch.long)
         all_right &= reader.heads[name](mean).argmax(-1) == wanted
         token_right.append((reader.heads[name](features).argmax(-1) == wanted[:, None])[mask].float().mean())
     return {"mean": all_right.float().mean().item(), "tokens": torch.stack(token_right).mean().item()}

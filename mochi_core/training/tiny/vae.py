@@ -193,12 +193,13 @@ class VAETask:
         return {"recipe": asdict(self.recipe), "seed": self.seed, "decoder_alone": self.decoder_alone}
 
     def loss(self, index: int) -> Loss:
-        wanted = clips_for(self.seed, index, self.recipe.at(index, self.steps), self.recipe.strange)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+        device = next(self.trained.parameters()).device
+        wanted = clips_for(self.seed, index, self.recipe.at(index, self.steps), self.recipe.strange).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
             with torch.set_grad_enabled(not self.decoder_alone):
                 posterior = self.trained.call("encoder", wanted)
             mean, logvar = widen(posterior.mean), widen(posterior.logvar).clamp(-12, 4)
-            noise = torch.randn(mean.shape, generator=generator(self.seed, "posterior", index))
+            noise = torch.randn(mean.shape, generator=generator(self.seed, "posterior", index)).to(device)
             seen = self.trained.call("decoder", mean + torch.exp(0.5 * logvar) * noise)
         value = picture_loss(seen, wanted, self.recipe.gradient)
         psnr = -10 * math.log10(((widen(seen) - wanted).detach() / 2).square().mean().item())
