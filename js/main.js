@@ -10,19 +10,25 @@ import { Player, shownOf } from './player.js'
 import { Preview } from './preview.js'
 import { keepToGrid } from './size.js'
 import { loadText, text } from './text.js'
+import { Report, Training, trainingOf } from './training.js'
 
 /** @typedef {import('./types/host.js').Node} Node */
 /** @typedef {import('./player.js').Shown} Shown */
+/** @typedef {import('./training.js').Told} Told */
 
 const WARNING_SECONDS = 12
 const SECONDS_BETWEEN_LOOKS = 0.5
 const PREFIX = 'MochiVideo'
 // Under this name a decode node reports what it has written for the player.
 const PLAYED = 'mochi_video'
+// The same of a training, and of the clips that were prepared for one.
+const TRAINED = 'mochi_video_training'
+const PREPARED = 'text'
+const PREPARES = 'MochiVideoPrepareDataset'
 
 /**
  * The panels of a node, for as long as there is the node.
- * @type {WeakMap<Node, { cost?: CostLine, preview?: Preview, player?: Player }>}
+ * @type {WeakMap<Node, { cost?: CostLine, preview?: Preview, player?: Player, training?: Training, report?: Report }>}
  */
 const panels = new WeakMap()
 /**
@@ -31,10 +37,11 @@ const panels = new WeakMap()
  */
 const owners = new Map()
 /**
- * What each workflow has decoded, by node: a node is made anew when something is undone or another workflow was on show.
- * @type {WeakMap<object, Map<string, Shown>>}
+ * What each workflow has made, by node: a node is made anew when something is undone or another workflow was on show.
+ * @typedef {{ clips?: Shown, told?: Told, report?: string }} Made
+ * @type {WeakMap<object, Map<string, Made>>}
  */
-const decoded = new WeakMap()
+const results = new WeakMap()
 
 /** @param {string} name */
 const isOn = (name) => app.extensionManager.setting.get(`${PREFIX}.${name}`) !== false
@@ -54,6 +61,12 @@ const made = {
   },
   MochiVideoDecode(node) {
     if (isOn('Player')) panels.set(node, { player: new Player(node) })
+  },
+  MochiVideoPrepareDataset(node) {
+    if (isOn('Training')) panels.set(node, { report: new Report(node) })
+  },
+  MochiVideoTrainLora(node) {
+    if (isOn('Training')) panels.set(node, { training: new Training(node) })
   }
 }
 
@@ -116,14 +129,33 @@ function onPreview({ detail }) {
   preview?.show(detail)
 }
 
+/**
+ * Keeps what a node made for as long as there is its workflow, and shows it.
+ * @param {{ node: string | number, prompt_id: string }} message
+ * @param {Made} made
+ */
+function keep(message, made) {
+  const owner = ownerOf(message.prompt_id)
+  if (!owner) return
+  const ofOwner = results.get(owner) ?? new Map()
+  results.set(owner, ofOwner.set(String(message.node), made))
+  look()
+}
+
 /** @param {CustomEvent<any>} event */
 function onExecuted({ detail }) {
-  const owner = ownerOf(detail.prompt_id)
-  const shown = shownOf(detail.output?.[PLAYED])
-  if (!owner || !shown.clips.length) return
-  const ofOwner = decoded.get(owner) ?? new Map()
-  decoded.set(owner, ofOwner.set(String(detail.node), shown))
-  look()
+  const clips = shownOf(detail.output?.[PLAYED])
+  const told = trainingOf(detail.output?.[TRAINED]?.[0])
+  const report = detail.output?.[PREPARED]?.[0]
+  if (clips.clips.length) keep(detail, { clips })
+  else if (told) keep(detail, { told })
+  else if (typeof report === 'string' && nodeOnShow(detail)?.type === PREPARES) keep(detail, { report })
+}
+
+/** @param {CustomEvent<any>} event */
+function onTraining({ detail }) {
+  const told = trainingOf(detail)
+  if (told) keep(detail, { told })
 }
 
 /** @param {CustomEvent<any>} event */
@@ -150,23 +182,27 @@ function onEnd({ detail }) {
 /** Brings every panel up to date. The graph tells nobody of all that may change it: wires, subgraphs, other workflows. */
 function look() {
   const workflow = workflowOnShow()
-  const shown = workflow ? decoded.get(workflow) : undefined
+  const made = workflow ? results.get(workflow) : undefined
   for (const node of allNodes()) {
-    const { cost, preview, player } = panels.get(node) ?? {}
+    const { cost, preview, player, training, report } = panels.get(node) ?? {}
     cost?.look()
     preview?.look()
-    const clips = player && shown?.get(idOf(node))
-    if (clips) player.show(clips)
+    const shown = made?.get(idOf(node))
+    if (shown?.clips) player?.show(shown.clips)
+    if (shown?.told) training?.show(shown.told)
+    if (shown?.report) report?.show(shown.report)
   }
 }
 
 /** Words of ours, once the page has another language. */
 function translate() {
   for (const node of allNodes()) {
-    const { cost, preview, player } = panels.get(node) ?? {}
+    const { cost, preview, player, training, report } = panels.get(node) ?? {}
     cost?.forget()
     preview?.translate()
     player?.translate()
+    training?.translate()
+    report?.translate()
   }
 }
 
@@ -207,6 +243,7 @@ app.registerExtension({
     setting('Preview', 'Moving preview while sampling', 'Show the whole clip on the sampler while it is made.'),
     setting('Cost', 'Cost line on size and sampler', 'Show tokens, memory and time under the size.'),
     setting('Player', 'Player on the decode node', 'Play and step through the video on the node that decoded it.'),
+    setting('Training', 'Panels on the training nodes', 'Show the curve of the loss, samples and what became of the clips.'),
     setting('Warnings', 'Warnings as messages', 'Show what the nodes warn of, such as a prompt that was cut.')
   ],
   commands: commands.map(({ name, label, icon, write }) => ({
@@ -227,6 +264,7 @@ app.registerExtension({
     listen('status', onStatus)
     listen('mochi_video.preview', onPreview)
     listen('mochi_video.warning', onWarning)
+    listen('mochi_video.training', onTraining)
     listen('executed', onExecuted)
     for (const name of ['execution_success', 'execution_error', 'execution_interrupted']) listen(name, onEnd)
     // The setting has its new value only after this has been told.

@@ -2,8 +2,10 @@
 
 import logging
 import shlex
+import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,6 +218,65 @@ def prepare(
 
             report = preparing.prepare(source, target, options, models, progress)
     console.print(str(report), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; Genmo's lora.yaml is understood too.")],
+    dataset: Annotated[Path | None, typer.Option(help="What `prepare` made, in the place of the file's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where everything goes, in the place of the file's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How many, in the place of the file's.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="The VAE's file, for samples.")] = None,
+    t5: Annotated[Path | None, typer.Option(help="The text encoder's, for samples.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or spiece.model, for samples.")] = None,
+) -> None:
+    """Train a LoRA, or a small model. Stopped, by ctrl-C or SIGTERM, it is saved; run again, it goes on.
+
+    For several GPUs: `torchrun --nproc_per_node 2 -m mochi_core.cli train CONFIG`.
+    """
+    from .training import config as configuring
+    from .training import trainer
+    from .training.loop import Step
+
+    given = {"dataset": dataset, "output": output, "steps": steps}
+    files = {name: str(path) for name, path in (("vae", vae), ("t5", t5), ("tokenizer", tokenizer)) if path is not None}
+    overrides: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value is not None
+    }
+    with _said():
+        settings, notes = configuring.read_config(config, **overrides, **({"model": files} if files else {}))
+        for note in notes:
+            errors.print(note, soft_wrap=True, highlight=False, markup=False)
+        with _bar() as bar:
+            task = bar.add_task("training", total=settings.steps)
+
+            def watch(done: Step) -> None:
+                bar.update(task, completed=done.step, description=f"loss {done.loss:.4f}")
+                if done.sample is not None:
+                    bar.print(str(done.sample))
+
+            try:
+                with _stopped_by_sigterm():
+                    written = trainer.train(settings, watch)
+            except KeyboardInterrupt:
+                said = f"Stopped, and saved in {settings.output}: the same command goes on from there"
+                errors.print(said, soft_wrap=True, highlight=False, markup=False)
+                raise typer.Exit(130) from None
+    console.print(str(written), soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which is how schedulers stop what they run, ends the block as ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _none_given(files: dict[str, Path | None], count: str) -> bool:

@@ -13,6 +13,7 @@ from .routes import add_routes
 from .sampling import MochiVideoGuider, MochiVideoSampler
 from .schedule import MochiVideoSigmas
 from .size import MochiVideoSize
+from .training import MochiVideoPrepareDataset, MochiVideoTrainLora
 
 NODES: list[type[io.ComfyNode]] = [
     MochiVideoT5Loader,
@@ -28,6 +29,8 @@ NODES: list[type[io.ComfyNode]] = [
     MochiVideoSampler,
     MochiVideoDecode,
     MochiVideoEncode,
+    MochiVideoPrepareDataset,
+    MochiVideoTrainLora,
 ]
 
 

@@ -4,8 +4,9 @@ import dataclasses
 import inspect
 import json
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ def sampling_device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
+def training_dtype(device: torch.device) -> torch.dtype | None:
+    """What encoders of training data compute in: on a CPU floats that it is made for, else what their files hold."""
+    return torch.float32 if device.type == "cpu" else None
+
+
 def usable_memory(device: torch.device) -> int:
     """Bytes of the device that models and their work may take, when all else is moved out."""
     management = comfy.model_management
@@ -124,8 +130,24 @@ def empty_cache() -> None:
     comfy.model_management.soft_empty_cache()
 
 
+@contextmanager
+def whole_device(device: torch.device) -> Iterator[None]:
+    """A device for what plans all of its memory: the host's models leave it, and come back when they are used."""
+    comfy.model_management.free_memory(math.inf, device)
+    empty_cache()
+    try:
+        yield
+    finally:
+        empty_cache()
+
+
 def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
+
+
+def input_folder() -> Path:
+    """What users put there for nodes to read."""
+    return Path(folder_paths.get_input_directory())
 
 
 def temporary_folder() -> Path:

@@ -1,5 +1,7 @@
 """The three loaders: T5, DiT and VAE, each from a file or from the embedded checkpoint."""
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from mochi_core.weights.build import TINY_DIT, TINY_NAME, TINY_T5, TINY_TOKENIZER, TINY_VAE
@@ -22,6 +24,43 @@ def _dtype_input(tooltip: str) -> io.Combo.Input:
     return _host.advanced(io.Combo.Input("dtype", options=list(_host.DTYPES), default="auto", tooltip=tooltip))
 
 
+def tokenizer_options() -> list[str]:
+    """What a T5 may be used with."""
+    return [AUTO, TINY_NAME, *native_files.tokenizer_names(T5_FOLDERS)]
+
+
+def tokenizer_input() -> io.Combo.Input:
+    return _host.advanced(
+        io.Combo.Input(
+            "tokenizer",
+            options=tokenizer_options(),
+            default=AUTO,
+            optional=True,
+            tooltip="auto: the one in the T5's folder, else the host's own T5 tokenizer. Or a "
+            "tokenizer.json or spiece.model from models/text_encoders.",
+        )
+    )
+
+
+def t5_files(t5_name: str, tokenizer: str) -> tuple[str, str | Path]:
+    """Where the T5 of this name and the tokenizer that is meant with it lie."""
+    is_tiny = t5_name == TINY_NAME
+    path = str(TINY_T5) if is_tiny else native_files.model_path(t5_name, T5_FOLDERS)
+    if tokenizer == TINY_NAME or (is_tiny and tokenizer == AUTO):
+        return path, TINY_TOKENIZER
+    if tokenizer == AUTO:
+        return path, tokenizer_beside(path) or HOST_TOKENIZER
+    return path, native_files.model_path(tokenizer, T5_FOLDERS)
+
+
+def dit_file(dit_name: str) -> str:
+    return str(TINY_DIT) if dit_name == TINY_NAME else native_files.model_path(dit_name, DIT_FOLDERS)
+
+
+def vae_file(vae_name: str) -> str:
+    return str(TINY_VAE) if vae_name == TINY_NAME else native_files.model_path(vae_name, VAE_FOLDERS)
+
+
 class MochiVideoT5Loader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -39,16 +78,7 @@ class MochiVideoT5Loader(io.ComfyNode):
                     f"checkpoint that has one. {TINY_NAME} comes with this pack.",
                 ),
                 _dtype_input("Keep the file's precision (auto), or convert it while loading."),
-                _host.advanced(
-                    io.Combo.Input(
-                        "tokenizer",
-                        options=[AUTO, TINY_NAME, *native_files.tokenizer_names(T5_FOLDERS)],
-                        default=AUTO,
-                        optional=True,
-                        tooltip="auto: the one in the T5's folder, else the host's own T5 tokenizer. Or a "
-                        "tokenizer.json or spiece.model from models/text_encoders.",
-                    )
-                ),
+                tokenizer_input(),
             ],
             outputs=[io.Clip.Output(tooltip="For Mochi Video Text Encode, or the host's own CLIP Text Encode.")],
         )
@@ -57,10 +87,9 @@ class MochiVideoT5Loader(io.ComfyNode):
     def validate_inputs(
         cls, t5_name: str | None = None, dtype: str | None = None, tokenizer: str | None = AUTO
     ) -> bool | str:
-        tokenizers = (AUTO, TINY_NAME, *native_files.tokenizer_names(T5_FOLDERS))
         return (
             native_files.no_such_file("t5_name", t5_name, T5_FOLDERS)
-            or _checks.not_among(dtype=(dtype, _host.DTYPES), tokenizer=(tokenizer, tokenizers))
+            or _checks.not_among(dtype=(dtype, _host.DTYPES), tokenizer=(tokenizer, tokenizer_options()))
             or True
         )
 
@@ -71,14 +100,7 @@ class MochiVideoT5Loader(io.ComfyNode):
     @classmethod
     def execute(cls, t5_name: str, dtype: str, tokenizer: str = AUTO) -> io.NodeOutput:
         _checks.at_run(cls, t5_name=t5_name, dtype=dtype, tokenizer=tokenizer)
-        is_tiny = t5_name == TINY_NAME
-        path = str(TINY_T5) if is_tiny else native_files.model_path(t5_name, T5_FOLDERS)
-        if tokenizer == TINY_NAME or (is_tiny and tokenizer == AUTO):
-            tokens = TINY_TOKENIZER
-        elif tokenizer == AUTO:
-            tokens = tokenizer_beside(path) or HOST_TOKENIZER
-        else:
-            tokens = native_files.model_path(tokenizer, T5_FOLDERS)
+        path, tokens = t5_files(t5_name, tokenizer)
         return io.NodeOutput(load_clip(path, tokens, _host.DTYPES[dtype]))
 
 
@@ -138,8 +160,7 @@ class MochiVideoDiTLoader(io.ComfyNode):
     @classmethod
     def execute(cls, dit_name: str, dtype: str, attention: str, memory: str) -> io.NodeOutput:
         _checks.at_run(cls, dit_name=dit_name, dtype=dtype, attention=attention, memory=memory)
-        path = str(TINY_DIT) if dit_name == TINY_NAME else native_files.model_path(dit_name, DIT_FOLDERS)
-        return io.NodeOutput(load_model(path, _host.DTYPES[dtype], attention, memory))
+        return io.NodeOutput(load_model(dit_file(dit_name), _host.DTYPES[dtype], attention, memory))
 
 
 class MochiVideoVAELoader(io.ComfyNode):
@@ -178,5 +199,4 @@ class MochiVideoVAELoader(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
         _checks.at_run(cls, vae_name=vae_name, dtype=dtype)
-        path = str(TINY_VAE) if vae_name == TINY_NAME else native_files.model_path(vae_name, VAE_FOLDERS)
-        return io.NodeOutput(load_native_vae(path, _host.DTYPES[dtype]))
+        return io.NodeOutput(load_native_vae(vae_file(vae_name), _host.DTYPES[dtype]))

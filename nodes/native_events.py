@@ -1,4 +1,4 @@
-"""What the page is told while a node runs, beside the host's own progress: a moving preview, warnings.
+"""What the page is told while a node runs, beside the host's own progress: a moving preview, a training, warnings.
 
 Messages go over the host's socket to the page that queued the prompt. All in them is data: pages show it as text.
 """
@@ -13,7 +13,7 @@ import comfy_execution.utils
 from . import _host
 from ._preview import with_previews
 
-PREVIEW, WARNING = "mochi_video.preview", "mochi_video.warning"
+PREVIEW, WARNING, TRAINING = "mochi_video.preview", "mochi_video.warning", "mochi_video.training"
 LOGGERS = ("mochi_video", "mochi_core")
 # How much of a warning pages get; the log has all of it.
 LONGEST_TEXT = 600
@@ -42,6 +42,14 @@ def previewed(callback: Callable[..., None] | None, latent_format: Any) -> Calla
     """A sampler's callback that also sends moving previews."""
     colours = getattr(latent_format, "colours", None)
     return with_previews(callback, colours, lambda data: send(PREVIEW, data), listened_to)
+
+
+def send_training(data: dict[str, Any]) -> None:
+    """Tells the page of a training. What it is told of never ends by the telling."""
+    try:
+        send(TRAINING, data)
+    except Exception:
+        logging.getLogger("mochi_video").warning("The page could not be told of the training", exc_info=True)
 
 
 class _ToPage(logging.Handler):

@@ -19,7 +19,7 @@ NODE_DEFS = "nodeDefs.json"
 PREFIX = "MochiVideo"
 # What the page's message compiler gives a meaning of its own.
 SPECIAL = re.compile(r"[@{}|$]")
-ABBREVIATIONS = {"cfg": "CFG", "dit": "DiT", "lora": "LoRA", "t5": "T5", "vae": "VAE"}
+ABBREVIATIONS = {"cfg": "CFG", "dit": "DiT", "gb": "GB", "lora": "LoRA", "t5": "T5", "vae": "VAE"}
 
 
 def escaped(text: str) -> str:

@@ -15,8 +15,9 @@ from scripts import comfyui, workflows
 LORA_INPUTS = ("lora_name", "lora_1", "lora_2", "lora_3", "lora_4")
 SIDE = 64
 # What is quick, and what is worth a look.
-QUICK: dict[str, int] = {"steps": 4, "frames": 13}
+QUICK: dict[str, int] = {"steps": 4, "frames": 13, "training": 4}
 LOOK: dict[str, int] = {"steps": 30, "frames": 19}
+EXAMPLE = "mochi-video-example"
 # The video that is edited: not of the model's size, number of frames or rate.
 VIDEO_FRAMES, VIDEO_FPS, VIDEO_HEIGHT, VIDEO_WIDTH = 20, 24, 80, 96
 
@@ -26,17 +27,26 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((workflows.GRAPHS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def prompt(workflow: dict[str, Any], *, steps: int, frames: int, text: str | None = None) -> dict[str, Any]:
+def prompt(
+    workflow: dict[str, Any], *, steps: int, frames: int, training: int | None = None, text: str | None = None
+) -> dict[str, Any]:
     """A workflow's prompt for the embedded checkpoint; a schedule that is split is split in its middle.
 
-    `text` takes the place of what the video is to show, when given.
+    `training` takes the place of a training's steps, when given, and `text` of what the video is to show.
     """
     files = dict.fromkeys(("t5_name", "dit_name", "vae_name"), TINY_NAME)
     substitutes = {**files, "width": SIDE, "height": SIDE, "frames": frames, "steps": steps, "step": steps // 2}
     changed = json.loads(json.dumps(workflow))
     for node in changed.values():
         inputs = node["inputs"]
+        own = inputs.get("steps")
         inputs.update({name: value for name, value in substitutes.items() if name in inputs})
+        if node["class_type"] == "MochiVideoTrainLora":
+            inputs["steps"] = training or own
+            inputs["sample_every"] = min(inputs["sample_every"], inputs["steps"])
+            inputs["sample_steps"] = steps
+        elif node["class_type"] == "MochiVideoPrepareDataset":
+            inputs["folder"] = EXAMPLE
         if node["class_type"] == "MochiVideoSize":
             inputs["preset"] = "64x64 tiny"
         for name in ("text", "prompts"):
@@ -45,10 +55,10 @@ def prompt(workflow: dict[str, Any], *, steps: int, frames: int, text: str | Non
     return changed
 
 
-def put_inputs(host: comfyui.Host, *, steps: int, frames: int, text: str | None = None) -> dict[str, Path]:
+def put_inputs(host: comfyui.Host, **look: Any) -> dict[str, Path]:
     """What the workflows read, under the names that they have for it: LoRAs, a video and latents.
 
-    Returns the saved latents by the first part of their names.
+    `look` is as for `prompt`. Returns the saved latents by the first part of their names.
     """
     folder, loras = host.base / "input", host.base / "models" / "loras"
     for place in (folder, loras):
@@ -63,7 +73,7 @@ def put_inputs(host: comfyui.Host, *, steps: int, frames: int, text: str | None 
                 write_mp4(folder / inputs["file"], [moving_disc()], VIDEO_FPS)
             elif node["class_type"] == "LoadLatent":
                 latents.append(inputs["latent"])
-    outputs = host.run(prompt(read("latents_save"), steps=steps, frames=frames, text=text))
+    outputs = host.run(prompt(read("latents_save"), **look))
     saved = {_begin(path.name): path for path in host.saved(outputs)}
     for name in latents:
         shutil.copy(saved[_begin(name)], folder / name)

@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from scripts import comfyui, on_tiny, workflows  # noqa: E402
-from scripts.page import TINY, Canvas, browser  # noqa: E402
+from scripts.page import TINY, WORKFLOWS, Canvas, browser  # noqa: E402
 
 DOCS = REPO / "docs" / "images"
 NODES = REPO / "js" / "docs" / "images"
@@ -37,33 +37,39 @@ PROMPTS = {
     "text_to_video_fast_preview": "a blue circle bouncing on a white background",
     "text_to_video_fastmochi": "an orange box getting bigger on a black background",
     "text_to_video_low_vram": "a purple triangle getting smaller on a white background",
+    "train_lora_tiny": "a red circle zigzagging on a black background",
     "text_to_video_tiny": "a red circle moving right on a black background",
     "video_to_video": "a red circle rising on a gray background",
 }
 PREVIEW = ".mochi-video-preview canvas"
 VIDEO = ".mochi-video-player video"
+TRAINED = ("MochiVideoPrepareDataset", "MochiVideoTrainLora")
+SAMPLE = ".mochi-video-training video"
 
 
 def thumbnail(path: Path, target: Path) -> None:
-    """Four frames of a video, the first to the last, as one picture."""
+    """Four frames of a video, the first to the last, as one picture; of a wide one two."""
     with av.open(str(path)) as video:
         frames = [frame.to_image() for frame in video.decode(video=0)]
     sheet = Image.new("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
-    for index in range(4):
-        frame = frames[round(index * (len(frames) - 1) / 3)].resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        sheet.paste(frame, (index % 2 * THUMBNAIL_SIDE, index // 2 * THUMBNAIL_SIDE))
+    columns = 1 if frames[0].width > frames[0].height else 2
+    for index in range(2 * columns):
+        frame = frames[round(index * (len(frames) - 1) / (2 * columns - 1))]
+        width = 2 * THUMBNAIL_SIDE // columns
+        place = (index % columns * width, index // columns * THUMBNAIL_SIDE)
+        sheet.paste(frame.resize((width, THUMBNAIL_SIDE)), place)
     sheet.save(target, quality=85)
 
 
 def thumbnails(host: comfyui.Host) -> None:
     """Runs every workflow, on prompts that the embedded checkpoint knows.
 
-    The one that only saves latents is shown by what they become.
+    The one that only saves latents is shown by what they become, a training by the one of the embedded checkpoint.
     """
     saved = PROMPTS["latents_save"]
     on_tiny.put_inputs(host, **on_tiny.LOOK, text=saved)
     for path in tqdm(workflows.graph_files(), desc="Thumbnails"):
-        shown = "latents_decode" if path.stem == "latents_save" else path.stem
+        shown = {"latents_save": "latents_decode", "train_lora": "train_lora_tiny"}.get(path.stem, path.stem)
         prompt = on_tiny.prompt(on_tiny.read(shown), **on_tiny.LOOK, text=PROMPTS.get(shown, saved))
         thumbnail(host.saved(host.run(prompt))[0], path.with_suffix(".jpg"))
 
@@ -77,6 +83,8 @@ def save(png: bytes, target: Path) -> None:
 def graph(canvas: Canvas, path: Path) -> None:
     """A workflow as it is when it has been dropped and its missing files have been told."""
     canvas.drop_workflow(path)
+    # However small a large graph is, it has its words.
+    canvas.page.evaluate("window.app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 0)")
     canvas.look_at()
     canvas.page.wait_for_timeout(1200)  # the cost lines have their answers
     canvas.page.keyboard.press("Escape")
@@ -89,7 +97,7 @@ def nodes(canvas: Canvas) -> None:
     kinds = sorted(name for name in canvas.host.get("/object_info") if name.startswith("MochiVideo"))
     shown = {"MochiVideoSampler": PREVIEW, "MochiVideoDecode": VIDEO, "MochiVideoSize": ".mochi-video-cost"}
     for kind in tqdm(kinds, desc="Nodes"):
-        if kind in shown:
+        if kind in shown or kind in TRAINED:
             continue
         canvas.clear()
         canvas.page.evaluate(
@@ -106,6 +114,11 @@ def nodes(canvas: Canvas) -> None:
     canvas.run()
     canvas.page.wait_for_function("(name) => document.querySelector(name)?.currentTime > 0.2", arg=VIDEO)
     for kind in shown:
+        save(canvas.shot_of(kind), NODES / f"{kind}.png")
+    canvas.drop_workflow(WORKFLOWS / "train_lora_tiny.json")
+    canvas.run(timeout=600)
+    canvas.page.wait_for_function("(name) => document.querySelector(name)?.currentTime > 0.2", arg=SAMPLE)
+    for kind in TRAINED:
         save(canvas.shot_of(kind), NODES / f"{kind}.png")
 
 

@@ -24,6 +24,8 @@ MUTED, BYPASSED = 2, 4
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
 # Widgets that are buttons: the page sends them no value.
 BUTTONS = ("IMAGEUPLOAD",)
+# What newer hosts ask of their nodes besides; prompts have it, and older hosts leave it alone.
+NEWER_INPUTS = {"LoraModelLoader": {"bypass": False}}
 # The host's own names for its nodes, where a graph gives none.
 HOST_TITLES = {
     "GetVideoComponents": "Get Video Components",
@@ -90,7 +92,7 @@ def api_prompt(graph: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for node in sorted(nodes.values(), key=lambda node: node["id"]):
         if node["type"] in (*NOTES, "Reroute") or node.get("mode") in (MUTED, BYPASSED):
             continue
-        inputs = {}
+        inputs: dict[str, Any] = dict(NEWER_INPUTS.get(node["type"], {}))
         values = widget_values(node)
         for slot in node.get("inputs", []):
             name = slot["name"]

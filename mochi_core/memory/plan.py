@@ -2,7 +2,8 @@
 
 print(plan(8e9, VideoSize(848, 480, 163)))
 
-A plan is made before anything is loaded or moved. `placed` and `decode_context` do what it says.
+A plan is made before anything is loaded or moved. `placed` and `decode_context` do what it says. `text_plan`,
+`encode_plan` and `decode_plan` are for one network.
 """
 
 import math
@@ -22,7 +23,7 @@ from ..errors import MemoryBudgetError
 from ..shapes import LatentSize, VideoSize
 from ..text.t5 import empty_t5
 from ..text.tokenizer import MAX_TOKENS
-from ..vae import Decoder
+from ..vae import Decoder, Encoder
 from ..vae.causal_conv import VALUES_AT_ONCE, KeptContext
 from ..weights.quantized import unpacking_bytes
 from .blocks import block_bytes, device_bytes, spread, streamed
@@ -30,12 +31,12 @@ from .borrowing import Check
 from .frames import HostFrames
 from .need import BUSY_TOKENS, FEWEST_TOKENS, TOKEN_STEP, dit_activations, t5_activations
 from .turns import Traffic
-from .vae_need import kept_frames_bytes, streaming_decode_bytes
+from .vae_need import kept_frames_bytes, stagewise_encode_bytes, streaming_decode_bytes
 from .waiting import Source
 
 # What of a budget is left to kernels' workspaces and to what an allocator cannot fill.
 KEPT_BACK = 1 / 16
-# Into how many parts what a wide stage of the decoder does at once may be divided.
+# Into how many parts what a wide stage of the VAE does at once may be divided.
 DIVISIONS = (1, 2, 4, 16)
 # Of the host's free memory, how much streamed weights may pin. When they need more they are read from the file.
 PINNED_SHARE = 0.6
@@ -108,6 +109,19 @@ class DecodePlan:
         if self.values_at_once < VALUES_AT_ONCE:
             words += f", in parts of {self.values_at_once / 2**20:.0f}M values"
         return words
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """How the encoder goes stage by stage: on so many values at once."""
+
+    values_at_once: int
+    weights: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.activations
 
 
 @dataclass(frozen=True)
@@ -191,14 +205,13 @@ def plan(
     Raises `MemoryBudgetError`, which says the least that will do.
     """
     device, networks = torch.device(device), networks or Networks.released()
-    pinnable = int(psutil.virtual_memory().available * PINNED_SHARE) if host_bytes is None else host_bytes
-    text, dit = networks.text, networks.dit
+    dit = networks.dit
     dit_ways = _dit_ways(dit, size.latent, batch, text_tokens)
     parts: list[Any] = []
     too_little: list[MemoryBudgetError] = []
     for make in (
-        partial(_blocks_plan, "the text encoder", text, text.encoder.block, _text_ways(text), budget, device, pinnable),
-        partial(_blocks_plan, "the transformer", dit, dit.blocks, dit_ways, budget, device, pinnable),
+        partial(text_plan, networks.text, budget, device, host_bytes=host_bytes),
+        partial(_blocks_plan, "the transformer", dit, dit.blocks, dit_ways, budget, device, host_bytes),
         partial(decode_plan, networks.decoder, size.latent, budget, device),
     ):
         try:
@@ -214,10 +227,13 @@ def plan(
 Ways = list[tuple[int | None, int]]
 
 
-def _text_ways(network: Any) -> Ways:
+def text_plan(network: Any, budget: float, device: torch.device | str, *, host_bytes: int | None = None) -> NetworkPlan:
+    """How transformers' T5 encoder runs with `budget` bytes of `device`; the rest as for `plan`."""
     config = TextConfig(**{name: getattr(network.config, name) for name in TextConfig.__dataclass_fields__})
     dtype = dtype_of(network)
-    return [(None, t5_activations(config, dtype=dtype) + unpacking_bytes(network, dtype))]
+    ways: Ways = [(None, t5_activations(config, dtype=dtype) + unpacking_bytes(network, dtype))]
+    blocks = network.encoder.block
+    return _blocks_plan("the text encoder", network, blocks, ways, budget, torch.device(device), host_bytes)
 
 
 def _dit_ways(network: AsymmDiT, size: LatentSize, batch: int, text_tokens: int) -> Ways:
@@ -234,7 +250,13 @@ def _dit_ways(network: AsymmDiT, size: LatentSize, batch: int, text_tokens: int)
 
 
 def _blocks_plan(
-    name: str, network: nn.Module, blocks: Any, ways: Ways, budget: float, device: torch.device, pinnable: int
+    name: str,
+    network: nn.Module,
+    blocks: Any,
+    ways: Ways,
+    budget: float,
+    device: torch.device,
+    host_bytes: int | None,
 ) -> NetworkPlan:
     """The first way that fits with as many resident blocks as fit beside it; chunks come before streaming."""
     count, available = len(blocks), usable(budget)
@@ -244,11 +266,38 @@ def _blocks_plan(
         whole_first = at_once is None and ways[1:] and ways[1][0] == BUSY_TOKENS
         for resident in [count] if whole_first else residents:
             if held(resident) + activations <= available:
-                sizes, streamed_blocks = block_bytes(blocks), spread(count, resident)
-                waiting = 0 if device.type == "cpu" else sum(sizes[index] for index in streamed_blocks)
-                source: Source = "pinned" if waiting <= pinnable else "file"
+                source, waiting = waiting_place(blocks, resident, device, host_bytes)
                 return NetworkPlan(count, resident, source, held(resident), activations, waiting, at_once)
     raise too_little_error(budget, min(map(held, residents)) + min(need for _, need in ways), name)
+
+
+def waiting_place(
+    blocks: Sequence[nn.Module], resident: int, device: torch.device, host_bytes: int | None = None
+) -> tuple[Source, int]:
+    """Where the weights of blocks that are not resident wait, and how many bytes they are; `host_bytes` as for `plan`.
+
+    None on a CPU, where weights lie where they were loaded.
+    """
+    sizes, streamed_blocks = block_bytes(blocks), spread(len(blocks), resident)
+    waiting = 0 if device.type == "cpu" else sum(sizes[index] for index in streamed_blocks)
+    pinnable = psutil.virtual_memory().available * PINNED_SHARE if host_bytes is None else host_bytes
+    return "pinned" if waiting <= pinnable else "file", waiting
+
+
+def encode_plan(
+    encoder: Encoder, size: LatentSize, budget: float, device: torch.device | str, *, batch: int = 1
+) -> EncodePlan:
+    """How the encoder makes latents of `size`, stage by stage, with `budget` bytes of `device`; as for `plan`."""
+    dtype, needs = dtype_of(encoder), []
+    weights = 0 if torch.device(device).type == "cpu" else sum(parameter.nbytes for parameter in encoder.parameters())
+    for division in DIVISIONS:
+        values = VALUES_AT_ONCE // division
+        need = stagewise_encode_bytes(encoder.config, size, batch=batch, dtype=dtype, values_at_once=values)
+        if weights + need <= usable(budget):
+            return EncodePlan(values, weights, need)
+        needs.append(need)
+    video = size.video
+    raise too_little_error(budget, weights + min(needs), f"the encoder for {video.width} x {video.height}")
 
 
 def decode_plan(
@@ -283,8 +332,8 @@ def too_little_error(budget: float, need: int, name: str) -> MemoryBudgetError:
     least = need / (1 - KEPT_BACK)
     return MemoryBudgetError(
         f"The budget is {budget / 1e9:.3f} GB",
-        f"{name} needs at least {least / 1e9 + 0.0005:.3f} GB for this size",
-        "Allow more memory, or make a smaller or shorter video",
+        f"{name} needs at least {least / 1e9 + 0.0005:.3f} GB",
+        "Allow more memory, or a smaller or shorter video",
         least,
     )
 

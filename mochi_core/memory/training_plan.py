@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import psutil
 import torch
 
 from ..dit import AsymmDiT
 from ..shapes import VideoSize
 from ..text.tokenizer import MAX_TOKENS
 from ..weights.quantized import unpacking_bytes
-from .blocks import block_bytes, spread
-from .plan import PINNED_SHARE, dtype_of, too_little_error, usable, weight_bytes
+from .plan import dtype_of, too_little_error, usable, waiting_place, weight_bytes
 from .training_need import QKV_AND_OUT, Checkpoints, lora_bytes, training_activations
 from .waiting import Source
 
@@ -99,20 +97,16 @@ def plan_training(
         options: dict[str, Any] = dict(batch=batch, text_tokens=text_tokens, dtype=dtype, ranks=ranks)
         return unpacking + training_activations(network.config, size.latent, checkpoints=checkpoints, **options)
 
-    least = None
+    needs = []
     for resident, checkpoints in _ways(count, streams=device.type != "cpu"):
         weights, activations = held(resident), needed(checkpoints)
         need = weights + activations + lora
         if need <= available:
-            sizes = block_bytes(blocks)
-            waiting = sum(sizes[index] for index in spread(count, resident))
-            pinnable = int(psutil.virtual_memory().available * PINNED_SHARE) if host_bytes is None else host_bytes
-            source: Source = "pinned" if waiting <= pinnable else "file"
+            source, waiting = waiting_place(blocks, resident, device, host_bytes)
             parts = weights, activations, lora
             return TrainingPlan(int(budget), size, device, count, resident, checkpoints, source, *parts, waiting)
-        least = need if least is None else min(least, need)
-    assert least is not None
-    raise too_little_error(budget, least, "the training")
+        needs.append(need)
+    raise too_little_error(budget, min(needs), "the training")
 
 
 def _ways(count: int, streams: bool) -> Iterator[tuple[int, Checkpoints]]:

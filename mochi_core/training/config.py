@@ -202,10 +202,13 @@ class TrainingConfig:
 def read_config(path: str | Path, **overrides: Any) -> tuple[TrainingConfig, tuple[str, ...]]:
     """The configuration of a YAML file, and notes on what of the reference's was left out.
 
-    `overrides` are keys of the top that count instead of the file's. Raises `TrainingError` and its kin, which name the
-    key.
+    `overrides` are keys of the top that count instead of the file's; a mapping among them, its keys instead of those.
+    Raises `TrainingError` and its kin, which name the key.
     """
     values, notes = read_yaml(path), ()
     if is_reference(values):
         values, notes = translated(values)
-    return settings(TrainingConfig, {**values, **overrides}), notes
+    for name, value in overrides.items():
+        held = values.get(name)
+        values = {**values, name: {**held, **value} if isinstance(held, dict) and isinstance(value, dict) else value}
+    return settings(TrainingConfig, values), notes

@@ -13,21 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from einops import rearrange
 
-from ..config import TextConfig
-from ..errors import DatasetError, MemoryBudgetError
+from ..errors import DatasetError
 from ..latents import LatentStatistics, require_finite
-from ..memory.blocks import block_bytes, device_bytes, spread, streamed
 from ..memory.borrowing import on_device
-from ..memory.need import t5_activations
-from ..memory.plan import DIVISIONS, KEPT_BACK, PINNED_SHARE, MemoryPolicy
-from ..memory.vae_need import stagewise_encode_bytes
+from ..memory.plan import MemoryPolicy, encode_plan
 from ..progress import Progress, silent
 from ..shapes import VideoSize
-from ..text.conditioning import TextEncoder, warn_of_cut
+from ..text.conditioning import warn_of_cut
 from ..text.tokenizer import read_tokenizer
 from ..vae import Encoder
 from ..vae.causal_conv import VALUES_AT_ONCE
@@ -35,35 +30,17 @@ from ..weights import build, layouts
 from ..weights.checkpoint import Checkpoint
 from ..weights.files import TYPE_NAMES, Unchanged
 from ..weights.identity import digest_of, identity, sha256_of
-from ..weights.quantized import unpacking_bytes
 from ..weights.writer import Output, write_safetensors
-from .clips import VIDEO_SUFFIXES, Look, choose_size, enlargement, left_out, look_at, read_pixels
-from .dataset import CLIPS, FILE_NAME, MANIFEST, Entry, Manifest, clip_name, read_tensors
+from .captions import reading
+from .clips import choose_size, enlargement, left_out, read_pixels
+from .dataset import CLIPS, FILE_NAME, MANIFEST, Entry, Manifest, read_tensors
+from .sources import PROCESSING, ClipPlan, PrepareOptions, Source
 
 log = logging.getLogger(__name__)
 
-# Part of what latents are made of: to be raised when the same video would give others.
-PROCESSING = 1
-LONGEST_CAPTION = 1 << 16
 # More of the picture than this cropped away is worth a word.
 MUCH_CROPPED = 0.4
 SHOWN_REASONS = 3
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What clips become: one of `sizes` each, and as many as `clips_per_video` that follow each other in one video."""
-
-    sizes: tuple[VideoSize, ...]
-    clips_per_video: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.sizes:
-            raise DatasetError(
-                "No size is given", "clips must become one of some sizes", "Give one, such as 848x480x37"
-            )
-        if self.clips_per_video < 1:
-            raise DatasetError(f"{self.clips_per_video} clips of each video", "there must be at least 1", "Use 1")
 
 
 @dataclass(frozen=True)
@@ -99,28 +76,6 @@ class Report:
         for kind, pairs in (("skipped", self.skipped), ("warning", self.warnings)):
             lines += [f"  {kind}  {name}: {why}" for name, why in pairs]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A clip to be: where it comes from, what it becomes, and what identifies that."""
-
-    video: Path
-    start: int
-    look: Look
-    size: VideoSize
-    video_hash: str
-    caption: str
-    latents_of: str
-    features_of: str
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.video.name, self.start
-
-    @property
-    def name(self) -> str:
-        return clip_name(*self.key)
 
 
 @dataclass(frozen=True)
@@ -187,15 +142,14 @@ def prepare(
     `ConfigError` as loading does, `MemoryBudgetError`, `LatentsError` when a network makes what are no numbers,
     `OSError` as writing does, and what `progress` raises.
     """
-    source, target = Path(source), Path(target)
-    videos = _videos(source)
-    before = _written_before(source, target)
+    clips, target = Source.open(Path(source)), Path(target)
+    before = _written_before(clips.folder, target)
     known = _known(models)
     manifest = Manifest(_plain(options, models), known.identities, known.statistics, known.text_width, ())
-    work = _Work(target, manifest, progress, 3 * len(videos))
-    plans = _plans(source, videos, options, models, known, work)
+    work = _Work(target, manifest, progress, 3 * len(clips.videos))
+    plans = _plans(clips, options, models, known, work)
     if not plans:
-        raise _nothing(source, work)
+        raise _nothing(clips, work)
     for plan in plans:
         kept = _kept(before.get(plan.key), plan, target)
         if kept is not None:
@@ -208,31 +162,11 @@ def prepare(
     _encode_captions([plan for plan in to_read if plan.key in work.entries], models, work)
     _remove_strays(target, {entry.file for entry in work.entries.values()})
     if not work.entries:
-        raise _nothing(source, work)
+        raise _nothing(clips, work)
     return _report(plans, work)
 
 
 # What there is
-
-
-def _videos(source: Path) -> list[Path]:
-    try:
-        found = sorted(
-            path
-            for path in source.iterdir()
-            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
-    except OSError as error:
-        raise DatasetError(
-            f"{source} cannot be read ({error.strerror})", "clips come from a folder", "Choose a folder"
-        ) from error
-    if not found:
-        raise DatasetError(
-            f"{source} has no video",
-            f"clips must be files that end in {', '.join(VIDEO_SUFFIXES)}",
-            "Put videos there, each with its caption: name.mp4 and name.txt",
-        )
-    return found
 
 
 def _written_before(source: Path, target: Path) -> dict[tuple[str, int], Entry]:
@@ -254,62 +188,33 @@ def _known(models: PrepareModels) -> _Known:
     """Raises `DatasetError` or `WeightsError` when the files cannot be what is needed."""
     vae = Checkpoint(models.vae)
     if layouts.ENCODER.found_in(vae.names) is None:
-        raise DatasetError(
-            f"{models.vae} has no VAE encoder", "clips are encoded with one", "Choose a VAE file that has its encoder"
-        )
+        raise _no_encoder(models.vae)
     read_tokenizer(models.tokenizer)
     width = build.open_t5(models.t5).config.d_model
     identities = {name: identity(getattr(models, name)) for name in ("vae", "t5", "tokenizer")}
     return _Known(identities, LatentStatistics.from_metadata(vae.metadata), width)
 
 
-def _plans(
-    source: Path, videos: list[Path], options: PrepareOptions, models: PrepareModels, known: _Known, work: _Work
-) -> list[_Plan]:
+def _no_encoder(vae: Path) -> DatasetError:
+    return DatasetError(
+        f"{vae} has no VAE encoder", "clips are encoded with one", "Choose a VAE file that has its encoder"
+    )
+
+
+def _plans(clips: Source, options: PrepareOptions, models: PrepareModels, known: _Known, work: _Work) -> list[ClipPlan]:
     """What the videos become, in order; those that cannot become anything are skipped."""
-    captions = {path.name: path for path in source.iterdir() if path.suffix.lower() == ".txt"}
-    plans: list[_Plan] = []
-    ids, dtype = known.identities, str(models.dtype)
-    for video in videos:
+    plans: list[ClipPlan] = []
+    for video in clips.videos:
         try:
-            caption = _caption(video, captions)
-            look = look_at(video, options.clips_per_video * max(size.frames for size in options.sizes))
-            size, video_hash = choose_size(look, options.sizes), sha256_of(video)
-            features_of = digest_of(caption, ids["t5"], ids["tokenizer"], dtype)
-            for number in range(min(options.clips_per_video, look.frames // size.frames)):
-                start = number * size.frames
-                latents_of = digest_of(PROCESSING, video_hash, start, asdict(size), ids["vae"], dtype)
-                plans.append(_Plan(video, start, look, size, video_hash, caption, latents_of, features_of))
+            plans += clips.plans(video, options, known.identities, str(models.dtype))
         except (DatasetError, OSError) as error:
             work.skip(video.name, error)
         work.done()
-    stems = {video.stem for video in videos}
-    alone = [name for name, path in captions.items() if path.stem not in stems]
-    work.warnings += [(name, "No video has this name") for name in sorted(alone)]
+    work.warnings += [(name, "No video has this name") for name in clips.lone_captions]
     return plans
 
 
-def _caption(video: Path, captions: dict[str, Path]) -> str:
-    """A video's caption. Raises `DatasetError` when there is none that can be read."""
-    names = [name for name, path in captions.items() if path.stem == video.stem]
-    if not names:
-        raise DatasetError(
-            f"{video.name} has no caption",
-            f"it must lie beside it as {video.stem}.txt",
-            "Write one; an empty file stands for no prompt",
-        )
-    content = captions[min(names)].read_bytes()
-    try:
-        if len(content) > LONGEST_CAPTION:
-            raise ValueError(f"it has {len(content)} bytes")
-        return content.decode("utf-8-sig").strip()
-    except ValueError as error:
-        raise DatasetError(
-            f"The caption {min(names)} cannot be read ({error})", "it must be a short text in UTF-8", "Save it so"
-        ) from error
-
-
-def _kept(entry: Entry | None, plan: _Plan, target: Path) -> Entry | None:
+def _kept(entry: Entry | None, plan: ClipPlan, target: Path) -> Entry | None:
     """What stays of an earlier run's clip: all of it, its latents alone, or nothing."""
     if entry is None or entry.latents_of != plan.latents_of:
         return None
@@ -319,18 +224,18 @@ def _kept(entry: Entry | None, plan: _Plan, target: Path) -> Entry | None:
     return entry if entry.features_of == plan.features_of else replace(entry, features_of="")
 
 
-def _nothing(source: Path, work: _Work) -> DatasetError:
+def _nothing(clips: Source, work: _Work) -> DatasetError:
     reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in work.skipped[:SHOWN_REASONS])
     if len(work.skipped) > SHOWN_REASONS:
         reasons += f"; and {len(work.skipped) - SHOWN_REASONS} more"
     return DatasetError(
-        f"None of the {len(work.skipped)} videos in {source} can be used ({reasons})",
+        f"None of the {len(work.skipped)} videos in {clips.folder} can be used ({reasons})",
         "at least one must be",
         "Mend what is said of each, and prepare them again",
     )
 
 
-def _report(plans: list[_Plan], work: _Work) -> Report:
+def _report(plans: list[ClipPlan], work: _Work) -> Report:
     there = [plan for plan in plans if plan.key in work.entries]
     warnings = list(work.warnings)
     for plan in there:
@@ -352,13 +257,14 @@ def _plain(options: PrepareOptions, models: PrepareModels) -> dict[str, Any]:
 # What is made
 
 
-def _encode_videos(plans: list[_Plan], options: PrepareOptions, models: PrepareModels, work: _Work) -> None:
+def _encode_videos(plans: list[ClipPlan], options: PrepareOptions, models: PrepareModels, work: _Work) -> None:
     if not plans:
         return
-    unchanged, encoder = Unchanged(models.vae), build.load_vae(models.vae, dtype=models.dtype).encoder
-    assert encoder is not None  # `_known` has looked
-    memory = models.memory
-    at_once = {size: _values_at_once(encoder, size, memory) for size in {plan.size for plan in plans}}
+    memory, unchanged, encoder = models.memory, Unchanged(models.vae), _encoder(models)
+    budget = memory.budget_now
+    ways = [encode_plan(encoder, size.latent, budget, memory.device) for size in {plan.size for plan in plans}]
+    # A clip that ends early becomes a shorter one, which takes less.
+    at_once = min(way.values_at_once for way in ways)
     with on_device(encoder, memory.device, check=unchanged):
         for plan in plans:
             try:
@@ -367,9 +273,7 @@ def _encode_videos(plans: list[_Plan], options: PrepareOptions, models: PrepareM
                 work.skip(plan.name, error)
                 work.total -= 1  # its caption is not read either
             else:
-                mean, logvar = encode_clip(
-                    encoder, pixels, memory.device, at_once.get(size) or min(at_once.values()), work.still
-                )
+                mean, logvar = encode_clip(encoder, pixels, memory.device, at_once, work.still)
                 require_finite(torch.stack([mean, logvar]), f"What the encoder makes of {plan.name}")
                 entry = Entry(
                     *plan.key,
@@ -387,7 +291,15 @@ def _encode_videos(plans: list[_Plan], options: PrepareOptions, models: PrepareM
             work.done()
 
 
-def _pixels(plan: _Plan, options: PrepareOptions) -> tuple[torch.Tensor, VideoSize, tuple[str, ...]]:
+def _encoder(models: PrepareModels) -> Encoder:
+    """Raises `DatasetError` when the VAE's file has none."""
+    encoder = build.load_vae(models.vae, dtype=models.dtype).encoder
+    if encoder is None:
+        raise _no_encoder(models.vae)
+    return encoder
+
+
+def _pixels(plan: ClipPlan, options: PrepareOptions) -> tuple[torch.Tensor, VideoSize, tuple[str, ...]]:
     """The clip's frames, the size that they fill, and what is to be said of them."""
     size, pixels = plan.size, read_pixels(plan.video, plan.size, plan.start)
     damage = pixels.damage or plan.look.damage
@@ -422,15 +334,10 @@ def encode_clip(
     return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
 
 
-def _encode_captions(plans: list[_Plan], models: PrepareModels, work: _Work) -> None:
+def _encode_captions(plans: list[ClipPlan], models: PrepareModels, work: _Work) -> None:
     if not plans:
         return
-    unchanged = Unchanged(models.t5)
-    model: Any = build.load_t5(models.t5, dtype=models.dtype)
-    text_encoder, blocks = TextEncoder(model, read_tokenizer(models.tokenizer)), model.encoder.block
-    resident, pinned = _resident(model, models.memory)
-    source = "pinned" if pinned else "file"
-    with streamed(model, blocks, models.memory.device, resident=resident, source=source, check=unchanged):
+    with reading(models.t5, models.tokenizer, models.memory, models.dtype) as text_encoder:
         for plan in plans:
             entry = work.entries[plan.key]
             mean, logvar = read_tensors(work.target / CLIPS / entry.file, plan.name, ("mean", "logvar"))
@@ -472,50 +379,6 @@ def _remove_strays(target: Path, held: set[str]) -> None:
         ours = FILE_NAME.match(path.name.lstrip(".")) if part else FILE_NAME.fullmatch(path.name)
         if ours and path.name not in held:
             path.unlink(missing_ok=True)
-
-
-# In how much memory
-
-
-def _values_at_once(encoder: Encoder, size: VideoSize, memory: MemoryPolicy) -> int:
-    """What the encoder may work on at once. Raises `MemoryBudgetError` when nothing fits."""
-    dtype = next(encoder.parameters()).dtype
-    on_cpu = torch.device(memory.device).type == "cpu"
-    weights = 0 if on_cpu else sum(parameter.nbytes for parameter in encoder.parameters())
-    needs = []
-    for division in DIVISIONS:
-        values = VALUES_AT_ONCE // division
-        needs.append(weights + stagewise_encode_bytes(encoder.config, size.latent, dtype=dtype, values_at_once=values))
-        if needs[-1] <= memory.budget_now * (1 - KEPT_BACK):
-            return values
-    raise _too_little(memory, min(needs), f"the encoder for {size.width} x {size.height}")
-
-
-def _resident(model: Any, memory: MemoryPolicy) -> tuple[int, bool]:
-    """How many of the T5's blocks stay on the device, and whether the others wait in pinned memory."""
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    config = TextConfig(**{name: getattr(model.config, name) for name in TextConfig.__dataclass_fields__})
-    blocks, on_cpu = model.encoder.block, torch.device(memory.device).type == "cpu"
-    activations, available = t5_activations(config, dtype=dtype) + unpacking_bytes(model, dtype), memory.budget_now
-    need = 0
-    for resident in range(len(blocks), -1, -1):
-        need = activations + (0 if on_cpu else device_bytes(model, blocks, resident))
-        if need <= available * (1 - KEPT_BACK):
-            sizes = block_bytes(blocks)
-            waiting = sum(sizes[index] for index in spread(len(blocks), resident))
-            most = memory.host_bytes
-            return resident, waiting <= (psutil.virtual_memory().available * PINNED_SHARE if most is None else most)
-    raise _too_little(memory, need, "the text encoder")
-
-
-def _too_little(memory: MemoryPolicy, need: int, name: str) -> MemoryBudgetError:
-    least = need / (1 - KEPT_BACK)
-    return MemoryBudgetError(
-        f"The budget is {memory.budget_now / 1e9:.3f} GB",
-        f"{name} needs at least {least / 1e9 + 0.0005:.3f} GB",
-        "Allow more memory, or give a smaller size",
-        least,
-    )
 
 
 def _text_hash(text: str) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from ..memory.plan import MemoryPolicy
 from ..pipeline import decode
+from ..progress import Progress, silent
 from ..sampling.guidance import Guidance
 from ..sampling.samplers import draw_noise, euler
 from ..text.conditioning import TextConditioning, TextEncoder
@@ -50,17 +51,18 @@ class Strips:
     prompts: Prompts
     decoder: Decoder
     memory: MemoryPolicy
+    progress: Progress = silent
 
     @torch.no_grad()
     def __call__(self, task: DiTTask, path: Path) -> Path:
-        """Writes the strip to `path`."""
+        """Writes the strip to `path`. Raises what `progress` raises."""
         options, statistics = self.options, task.batches.statistics
         channels = task.network.config.latent_channels
         made = []
         for index, prompt in enumerate(self.prompts.positive):
             guidance = Guidance(task.predict, prompt, self.prompts.negative, options.scales)
             noise = draw_noise(options.size.latent, channels, options.seed + index).to(task.device)
-            made.append(statistics.to_vae_space(euler(guidance, noise, options.schedule)).cpu())
+            made.append(statistics.to_vae_space(euler(guidance, noise, options.schedule, self.progress)).cpu())
         path.parent.mkdir(parents=True, exist_ok=True)
         streams = [decode(self.decoder, latents, self.memory) for latents in made]
         write_mp4(path, _beside(streams))

@@ -17,16 +17,15 @@ from ..dit import AsymmDiT
 from ..errors import TrainingError
 from ..latents import LatentStatistics
 from ..memory.blocks import streamed
-from ..memory.borrowing import on_device
-from ..memory.plan import MemoryPolicy, free_bytes
+from ..memory.plan import MemoryPolicy
 from ..memory.training_plan import plan_training
 from ..memory.waiting import Source
-from ..text.conditioning import TextEncoder
-from ..text.tokenizer import read_tokenizer
+from ..progress import Progress, silent
 from ..weights import build
 from ..weights.files import Unchanged, opened
 from ..weights.identity import identity
 from ..weights.quantized import quantize_linears
+from .captions import reading
 from .checkpointing import Checkpoints, checkpointed
 from .config import TINY, TrainingConfig
 from .dataset import Dataset
@@ -42,63 +41,66 @@ DEVICES = ("cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of a training's model. The last three are None where no sample is asked for."""
+class SampleFiles:
+    """What samples need beside the DiT."""
 
-    dit: Path
-    vae: Path | None
-    t5: Path | None
-    tokenizer: Path | None
+    vae: Path
+    t5: Path
+    tokenizer: Path
 
     @classmethod
-    def of(cls, config: TrainingConfig) -> "Files":
-        """Raises `TrainingError` when samples are asked for and a file that they need is not given."""
+    def of(cls, config: TrainingConfig) -> "SampleFiles | None":
+        """None where no sample is asked for. Raises `TrainingError` when one is, and a file is not given."""
         model = config.model
+        if not config.samples.every:
+            return None
         if model.dit == TINY:
-            return cls(build.TINY_DIT, build.TINY_VAE, build.TINY_T5, build.TINY_TOKENIZER)
-        needed = {"vae": model.vae, "t5": model.t5, "tokenizer": model.tokenizer}
-        lacking = [name for name, path in needed.items() if path is None]
-        if config.samples.every and lacking:
+            return cls(build.TINY_VAE, build.TINY_T5, build.TINY_TOKENIZER)
+        given = {"vae": model.vae, "t5": model.t5, "tokenizer": model.tokenizer}
+        paths = {name: Path(path) for name, path in given.items() if path is not None}
+        lacking = [f"model.{name}" for name in given if name not in paths]
+        if lacking:
             raise TrainingError(
-                f"Samples are asked for without model.{', model.'.join(lacking)}",
+                f"Samples are asked for without {', '.join(lacking)}",
                 "they need the VAE, the T5 and its tokenizer",
                 "Give the files, or set samples.every to 0",
             )
-        paths = {name: None if path is None else Path(path) for name, path in needed.items()}
-        return cls(Path(model.dit), **paths)
+        return cls(**paths)
 
 
-def train(config: TrainingConfig, watch: Watch = unseen) -> Path:
+def train(config: TrainingConfig, watch: Watch = unseen, sampling: Progress = silent) -> Path:
     """Trains as `config` says, from where its output folder stands; returns the final LoRA or model file.
 
-    All that can be known from headers is checked before anything large is read. The rest as `loop.run`.
+    `sampling` is told how each video of a sample goes. All that can be known from headers is checked before anything
+    large is read. The rest as `loop.run`.
 
     Raises `MochiError` kinds, and `OSError` as writing does.
     """
-    with prepared(config) as task:
+    with prepared(config, sampling) as task:
         return run(task, config.loop, config.output, watch)
 
 
 @contextmanager
-def prepared(config: TrainingConfig) -> Iterator[DiTTask]:
+def prepared(config: TrainingConfig, sampling: Progress = silent) -> Iterator[DiTTask]:
     """The task of a configuration, its network where it trains, as long as the block runs."""
-    files = Files.of(config)
+    dit, files = build.TINY_DIT if config.model.dit == TINY else Path(config.model.dit), SampleFiles.of(config)
     dataset = Dataset.open(config.dataset)
-    file = build.open_dit(files.dit)
+    file = build.open_dit(dit)
     dataset.check(file.config.latent_channels, file.config.text_feature_dim, file.statistics)
     metadata = {"modelspec.architecture": "mochi-1"}
     device = training_device(config.device)
-    prompts = _prompts(config, files, device)
+    # The T5 is not needed afterwards.
+    prompts = None if files is None else _prompts(config, files, device)
     # What host or caller runs in inference mode makes tensors that nothing can be learnt with.
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-        network, statistics = _network(config, files.dit)
+        network, statistics = _network(config, dit)
         lora = TrainableLora(network, config.lora, config.seed, device) if config.kind == "lora" else None
         batches = Batches(dataset, statistics, config.data, config.seed)
         how = _placement(config, network, batches, device)
         if lora is None:
             network.to(device).requires_grad_(True)
         else:
-            check = Unchanged(files.dit) if config.model.base == "keep" else None
+            check = Unchanged(dit) if config.model.base == "keep" else None
             blocks: Any = network.blocks
             stack.enter_context(
                 streamed(network, blocks, device, resident=how.resident, source=how.source, check=check)
@@ -109,11 +111,11 @@ def prepared(config: TrainingConfig) -> Iterator[DiTTask]:
         if config.model.compile:
             _compile(network, how)
         task = DiTTask(network, lora, batches, device, run_block)
-        task.fingerprint = {**config.fingerprint, "dataset": dataset.digest, "dit": identity(files.dit)}
-        task.metadata = metadata if lora is not None else _model_metadata(files.dit)
-        if prompts is not None:
-            assert files.vae is not None
-            task.samples = Strips(config.samples, prompts, build.load_decoder(files.vae), MemoryPolicy(device))
+        task.fingerprint = {**config.fingerprint, "dataset": dataset.digest, "dit": identity(dit)}
+        task.metadata = metadata if lora is not None else _model_metadata(dit)
+        if files is not None and prompts is not None:
+            decoder = build.load_decoder(files.vae)
+            task.samples = Strips(config.samples, prompts, decoder, MemoryPolicy(device), sampling)
         yield task
 
 
@@ -133,14 +135,15 @@ def training_device(name: str) -> torch.device:
         raise TrainingError(f"device is {name!r}", f"it must be here ({error})", "Use auto") from error
 
 
-def _prompts(config: TrainingConfig, files: Files, device: torch.device) -> Prompts | None:
-    """The samples' prompts through the T5, which is not needed afterwards."""
-    if not config.samples.every:
-        return None
-    assert files.t5 is not None and files.tokenizer is not None
-    encoder = TextEncoder(build.load_t5(files.t5), read_tokenizer(files.tokenizer))
-    with on_device(encoder.model, device, check=Unchanged(files.t5)):
+def _prompts(config: TrainingConfig, files: SampleFiles, device: torch.device) -> Prompts:
+    """The samples' prompts through the T5."""
+    with reading(files.t5, files.tokenizer, MemoryPolicy(device, _budget(config))) as encoder:
         return Prompts.encoded(config.samples, encoder)
+
+
+def _budget(config: TrainingConfig) -> float | None:
+    """In bytes; None for what is free."""
+    return None if config.memory.budget is None else config.memory.budget * 1e9
 
 
 def _network(config: TrainingConfig, path: Path) -> tuple[AsymmDiT, LatentStatistics]:
@@ -175,8 +178,8 @@ def _placement(config: TrainingConfig, network: AsymmDiT, batches: Batches, devi
         counts = (memory.qkv or 0, memory.feed_forward or 0, memory.post_attention or 0, memory.blocks or 0)
         return Placement(depth, min(resident, depth), "pinned", Checkpoints(*counts))
     size = max((clip.size for clip in batches.order.clips), key=lambda size: size.width * size.height * size.frames)
-    budget = free_bytes(device) if memory.budget is None else memory.budget * 1e9
     ranks = {group: getattr(config.lora, group).rank for group in GROUPS}
+    budget = MemoryPolicy(device, _budget(config)).budget_now
     plan = plan_training(
         budget, size, network, device, batch=config.data.batch_size, ranks=ranks, averaged=bool(config.ema)
     )

@@ -154,7 +154,7 @@ def test_a_prompt_that_is_cut_is_told_in_a_message(canvas: Canvas) -> None:
 
 def test_panels_can_be_switched_off(opened: Callable[..., Canvas]) -> None:
     canvas = opened()
-    names = ("Preview", "Cost", "Player", "Warnings")
+    names = ("Preview", "Cost", "Player", "Training", "Warnings")
     canvas.host.post("/settings", {f"MochiVideo.{name}": False for name in names})
     try:
         canvas.reload()

@@ -23,6 +23,9 @@ def test_a_dropped_workflow_has_all_its_nodes_and_posts_its_prompt(shared: Canva
     assert shared.missing() == []
     expected = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
     posted = shared.prompt()
+    for key, node in expected.items():  # older hosts' pages know nothing of them
+        newer = set(workflows.NEWER_INPUTS.get(node["class_type"], {})) - set(posted[key]["inputs"])
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if name not in newer}
     # Newer hosts have inputs within the choice of a format, which prompts need not have.
     for node in posted.values():
         node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}

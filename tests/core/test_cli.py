@@ -1,5 +1,10 @@
 """The commands that make videos, or latents of them; those for weight files are in weights/test_convert.py."""
 
+import os
+import subprocess
+import sys
+import time
+
 import av
 import pytest
 import torch
@@ -8,6 +13,7 @@ from typer.testing import CliRunner
 from mochi_core import pipeline
 from mochi_core.cli import app
 from mochi_core.latents_file import write_latents
+from mochi_core.training.config import read_config
 from mochi_core.training.dataset import Dataset
 from mochi_core.video_file import write_mp4
 from mochi_core.weights.build import TINY_T5, TINY_TOKENIZER, TINY_VAE
@@ -146,3 +152,56 @@ def test_prepare_in_sizes_with_files(clips, tmp_path):
 def test_what_cannot_be_prepared(clips, tmp_path, arguments, message):
     result = run("prepare", clips, tmp_path / "dataset", "--device", "cpu", *arguments)
     assert result.exit_code == 1 and message in result.stderr
+
+
+CONFIG = """
+steps: 3
+save_every: 0
+model: {dit: tiny, dtype: fp32}
+lora: {qkv: {rank: 2}}
+optimizer: {rate: 1e-3}
+"""
+
+
+@pytest.fixture
+def training(clips, tmp_path):
+    """The command that trains, without steps."""
+    run("prepare", clips, tmp_path / "dataset", "--device", "cpu")
+    (tmp_path / "lora.yaml").write_text(f"dataset: {tmp_path / 'dataset'}\noutput: {tmp_path / 'lora'}\n{CONFIG}")
+    return "train", tmp_path / "lora.yaml"
+
+
+def test_train(training, tmp_path):
+    result = run(*training)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "lora" / "final.lora.safetensors")
+    assert (tmp_path / "lora" / "final.lora.safetensors").stat().st_size > 0
+    # More steps are another training, and it says so.
+    more = run(*training, "--steps", 4)
+    assert more.exit_code == 1 and "steps" in more.stderr
+    elsewhere = run(*training, "--steps", 1, "--output", tmp_path / "other")
+    assert elsewhere.exit_code == 0 and (tmp_path / "other" / "final.lora.safetensors").exists(), elsewhere.output
+
+
+def test_a_wrong_key_of_a_training(training, tmp_path):
+    with (tmp_path / "lora.yaml").open("a") as file:
+        file.write("stepz: 4\n")
+    result = run(*training)
+    assert result.exit_code == 1 and "stepz" in result.stderr and "steps" in result.stderr
+
+
+def test_files_for_samples_are_added_to_the_models(training, tmp_path):
+    config, _ = read_config(tmp_path / "lora.yaml", model={"vae": "some.safetensors"})
+    assert (config.model.vae, config.model.dtype) == ("some.safetensors", "fp32")
+
+
+def test_sigterm_saves_what_was_learnt(training, tmp_path):
+    command = [sys.executable, "-m", "mochi_core.cli", *map(str, training), "--steps", "100000"]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "lora" / "metrics.jsonl"
+    while stopped.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    stopped.terminate()
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "the same command goes on from there" in said
+    assert (tmp_path / "lora" / "final.lora.safetensors").exists() and list((tmp_path / "lora" / "snapshots").iterdir())

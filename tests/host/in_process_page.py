@@ -4,17 +4,22 @@ import base64
 import io
 import json
 import logging
+import tempfile
 import types
+from pathlib import Path
+from unittest import mock
 
 import torch
 from inside import of_the_pack
 from PIL import Image
 
 from mochi_core.config import MOCHI_1, TINY
+from mochi_core.errors import MochiError
 from mochi_core.preview import LatentColours
 from mochi_core.shapes import LatentSize
+from mochi_core.training.loop import Step
 
-preview, runs, events = (of_the_pack(name) for name in ("_preview", "_runs", "native_events"))
+preview, runs, events, training = (of_the_pack(name) for name in ("_preview", "_runs", "native_events", "_training"))
 found = {}
 
 
@@ -115,6 +120,67 @@ def warned():
     return [(event, {**data, "text": len(data["text"])}, to) for event, data, to in sent]
 
 
+def trained():
+    """A training that goes on: its snapshot was of step 500, and steps up to 503 are written down."""
+    now, sent = [0.0], []
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name)
+        folder = output / "mochi_training" / "some"
+        (folder / "samples").mkdir(parents=True)
+        (folder / "samples" / "step_000500.mp4").touch()
+        lines = [{"step": step, "loss": 1.0} for step in range(1, 504)] + [{"step": 504}]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        reports = training.Reports(folder, output, 1000, sent.append, lambda: now[0])
+        first = reports.told("running")
+        for step in range(501, 1001):
+            sample = folder / "samples" / "step_001000.mp4" if step == 1000 else None
+            reports(Step(step, 1000, 0.5, 1e-3, 1.0, 0.25, sample))
+            now[0] += 0.125
+        last = reports.end("finished", "loras/some.safetensors")
+    json.dumps(sent, allow_nan=False)
+    return {
+        "first": [first["step"], first["curve"][-1], first["samples"]],
+        "told": len(sent),
+        "curve": [len(last["curve"]), last["curve"][0], last["curve"][-1]],
+        "samples": [one["step"] for one in last["samples"]],
+        "pace": last["seconds"],
+    }
+
+
+def refused(check, value):
+    try:
+        check(value)
+    except MochiError as error:
+        return str(error)
+    return ""
+
+
+def not_installed():
+    """What is said where accelerate is not."""
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        return refused(lambda _: training.check_installed(), None)
+
+
+NAMES = [
+    "my-style",
+    "3 things_v1.2",
+    "Ünïcode 名",
+    "",
+    " a",
+    "a ",
+    "a.",
+    ".a",
+    "..",
+    "a/b",
+    "a\\b",
+    "nul.txt",
+    "x" * 81,
+    "a\0",
+]
+
+found["trained"] = trained()
+found["names"] = [name for name in NAMES if not refused(training.check_name, name)]
+found["not_installed"] = not_installed()
 found |= {"strips": dict(strips()), "worst_colour": colours_survive(), "paced": paced(), "timed": timed()}
 found["warned"] = warned()
 print("FOUND" + json.dumps(found))  # noqa: T201

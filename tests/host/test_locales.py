@@ -34,7 +34,7 @@ def served(host: RunningHost) -> dict[str, Any]:
 def test_english_says_what_the_nodes_say(schema_texts: dict[str, Any]) -> None:
     found = locales.differences(locales.read("en"), schema_texts, same_texts=True)
     assert not found, "run `python scripts/locales.py`"
-    assert len(schema_texts) == 13
+    assert len(schema_texts) == 15
 
 
 def test_every_language_has_each_text_and_none_of_what_no_longer_exists(schema_texts: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_the_host_serves_each_text_to_its_page(served: dict[str, Any], language:
 
 def test_settings_and_commands_are_under_the_names_the_page_looks_for() -> None:
     settings, commands = locales.read("en", "settings.json"), locales.read("en", "commands.json")
-    assert list(settings) == [f"MochiVideo_{name}" for name in ("Preview", "Cost", "Player", "Warnings")]
+    assert list(settings) == [f"MochiVideo_{name}" for name in ("Preview", "Cost", "Player", "Training", "Warnings")]
     assert all(text.keys() == {"name", "tooltip"} for text in settings.values())
     assert list(commands) == [f"MochiVideo_{name}" for name in ("CopyPrompt", "CopyCurl", "CopyPython")]
     assert all(text.keys() == {"label"} for text in commands.values())

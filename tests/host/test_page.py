@@ -37,6 +37,24 @@ def test_previews_come_twice_a_second_and_at_the_end(found: dict[str, Any]) -> N
     assert found["paced"] == {"sent": [1, 5, 9, 13, 17, 20], "called": 20, "steps": 20}
 
 
+def test_a_training_that_goes_on_is_told_whole_and_no_more_often_than_can_be_seen(found: dict[str, Any]) -> None:
+    told = found["trained"]
+    shown = {"filename": "step_000500.mp4", "subfolder": "mochi_training/some/samples", "type": "output", "step": 500}
+    assert told["first"] == [503, [503, 1.0], [shown]]
+    assert told["told"] == 250 + 2  # each second step, the sample, and the end
+    count, first, last = told["curve"]
+    assert 100 < count <= 240 and first[1] == 1.0 and last == [1000, 0.5]
+    assert told["samples"] == [500, 1000] and told["pace"] == 0.25
+
+
+def test_names_of_datasets_and_trainings_are_those_that_every_system_takes(found: dict[str, Any]) -> None:
+    assert found["names"] == ["my-style", "3 things_v1.2", "Ünïcode 名"]
+
+
+def test_a_host_without_what_a_training_runs_on_says_what_to_install(found: dict[str, Any]) -> None:
+    assert "requirements.txt" in found["not_installed"]
+
+
 def test_the_time_of_a_step_leaves_out_the_loading_and_grows_with_the_work(found: dict[str, Any]) -> None:
     times = found["timed"]
     assert times["median"] == times["same"] == 1.0

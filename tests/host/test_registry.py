@@ -35,8 +35,8 @@ PUBLISHED_FILES = {
     "pyproject.toml",
     "requirements.txt",
 }
-# Types, which say nothing to a page.
-ONLY_CHECKS = "js/types/"
+# Types, which say nothing to a page, and what made the embedded checkpoint.
+ONLY_CHECKS = ("js/types/", "mochi_core/training/tiny/")
 # What makes the pack run with nothing to download.
 EMBEDDED = {
     "mochi_core/assets/tiny/mochi_video_tiny_dit.safetensors",

@@ -315,7 +315,9 @@ class TestTurns:
             for _ in range(2):
                 dit(*dit_inputs)
         log = [entry for entry in copies.log if entry in ("finish", "copy")]
-        assert log == ["copy", "copy"] + ["finish", "copy"] * 7
+        # The last is for a turn that never comes: whether it was begun is a matter of time.
+        every = ["copy", "copy"] + ["finish", "copy"] * 7
+        assert log in (every, every[:-2])
 
     @SOURCES
     def test_nothing_is_on_its_way_afterwards(self, dit, dit_inputs, source):

@@ -1,5 +1,6 @@
 """Configurations: every key known, wrong ones named, the reference's understood."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mochi_core.training.config import TrainingConfig, read_config
 from mochi_core.training.lora import Rank
 
 REFERENCE = Path(__file__).parent / "lora.yaml"
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "lora.yaml"
 LEAST = {"dataset": "clips", "output": "out"}
 
 
@@ -24,6 +26,14 @@ def test_least_that_will_do(tmp_path):
     config, notes = read_config(written(tmp_path, LEAST))
     assert config == TrainingConfig("clips", "out") and notes == ()
     assert config.model.dit == "tiny" and config.lora.qkv == Rank(16) and config.lora.feed_forward.rank == 0
+
+
+def test_the_example_of_the_docs_has_the_defaults_it_speaks_of():
+    config, notes = read_config(EXAMPLE)
+    usual = TrainingConfig(config.dataset, config.output)
+    differ = {name for name, value in asdict(usual).items() if asdict(config)[name] != value}
+    assert differ == {"model", "memory", "samples"} and notes == ()
+    assert config.samples.every and config.memory.budget == 24
 
 
 def test_everything_is_read(tmp_path):

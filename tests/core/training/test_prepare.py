@@ -17,6 +17,7 @@ from mochi_core.shapes import VideoSize
 from mochi_core.text.conditioning import TextEncoder
 from mochi_core.text.tokenizer import read_tokenizer
 from mochi_core.training import prepare as module
+from mochi_core.training import sources
 from mochi_core.training.clips import read_pixels
 from mochi_core.training.dataset import CLIPS, MANIFEST, Dataset, Manifest
 from mochi_core.training.prepare import PrepareModels, PrepareOptions, prepare
@@ -225,8 +226,8 @@ def test_a_truncated_video_is_used_as_far_as_it_goes(source, target):
 
 
 def test_a_video_that_decodes_shorter_than_it_says(source, target, monkeypatch):
-    look = module.look_at
-    monkeypatch.setattr(module, "look_at", lambda *a: replace(look(*a), frames=13))
+    look = sources.look_at
+    monkeypatch.setattr(sources, "look_at", lambda *a: replace(look(*a), frames=13))
     report = prepare(source, target, PrepareOptions((VideoSize(32, 32, 13), SIZE)), MODELS)
     assert len(report.prepared) == 2 and "it ends early" in dict(report.warnings)["a.mp4"]
     assert Dataset.open(target).clips[0].size == SIZE
@@ -491,6 +492,6 @@ def test_the_networks_are_never_on_the_device_together(source, target, monkeypat
         return during
 
     monkeypatch.setattr(module, "on_device", watched(module.on_device, "encoder"))
-    monkeypatch.setattr(module, "streamed", watched(module.streamed, "t5"))
+    monkeypatch.setattr(module, "reading", watched(module.reading, "t5"))
     prepare(source, target, OPTIONS, MODELS)
     assert seen == [{"encoder"}, {"t5"}]
