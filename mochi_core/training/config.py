@@ -174,6 +174,14 @@ class TrainingConfig:
             "keep, fp32: what is learnt must be floats that small steps can change",
             "Set model.dtype to fp32, or train a LoRA",
         )
+        in_place = self.kind != "full" or self.memory.resident_blocks is None
+        checked(
+            "memory.resident_blocks of a full training",
+            in_place,
+            self.memory.resident_blocks,
+            "left out: weights that learn are not streamed",
+            "Remove it",
+        )
         _ = self.loop  # raises what cannot be
 
     @property

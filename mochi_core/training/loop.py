@@ -10,8 +10,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import TrainingError
 from .metrics import Metrics
 from .optimizer import Optimizer, OptimizerOptions
+from .signals import held_back
 from .snapshot import Snapshot, check_same, newest, write_snapshot
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def run(task: Task, options: LoopOptions, folder: str | Path, watch: Watch = uns
     """Trains until `options.steps` are done, from the newest snapshot in `folder` on; returns the final model's file.
 
     However it ends, by itself, by an error, from the keyboard or by `watch`, the last good state is in a snapshot and
-    in the file `final`.
+    in the file `final`. Ctrl-C never breaks an update or that saving off; several processes end after the same step.
 
     Raises `TrainingError` when the settings are not those that the folder's training began with, or when a loss or a
     gradient is not a number (which names the clips; the parameters are those before that step). `OSError` when the disk
@@ -158,6 +159,10 @@ class _Run:
         self.average = {name: p.detach().float().clone() for name, p in self.named} if options.ema else {}
         self.step = 0
         self.saved = -1
+        # Whether an update was broken off: then the newest snapshot is the last good state.
+        self.torn = False
+        # Ctrl-C and SIGTERM that wait for the other processes.
+        self.signals: list[int] = []
         self.fingerprint = {
             "loop": options.fingerprint,
             "processes": self.accelerator.num_processes,
@@ -169,28 +174,42 @@ class _Run:
         self._restore()
         metrics = Metrics(self.folder, self.step, self.options.tensorboard) if self._leads else None
         try:
-            while self.step < self.options.steps:
-                done = self._step(metrics)
-                if self._due(self.options.save_every):
-                    self._save()
-                    if self._leads:
-                        with self._averaged():
-                            self.task.write(self.folder, f"step_{self.step:06d}")
-                if self._due(self.options.sample_every):
-                    done = Step(**{**vars(done), "sample": self._sample()})
-                if self._leads:
-                    self.watch(done)
+            # Of several processes none can end alone: the others would wait for it.
+            with held_back() if self.accelerator.num_processes > 1 else nullcontext([]) as self.signals:
+                self._steps(metrics)
         except BaseException as error:
             # What was learnt is not lost, whatever happened; and what happened is what is said.
-            try:
-                self._end()
-            except Exception:
-                log.exception("The training could not be saved after %r", error)
+            with held_back():
+                self._rescue(error)
             raise
         finally:
             if metrics is not None:
                 metrics.close()
-        return self._end()
+        with held_back():
+            return self._end()
+
+    def _steps(self, metrics: Metrics | None) -> None:
+        while self.step < self.options.steps:
+            done = self._step(metrics)
+            if self._due(self.options.save_every):
+                self._save()
+                if self._leads:
+                    with self._averaged():
+                        self.task.write(self.folder, f"step_{self.step:06d}")
+            if self._due(self.options.sample_every):
+                done = replace(done, sample=self._sample())
+            if self._leads:
+                self.watch(done)
+
+    def _rescue(self, error: BaseException) -> None:
+        """Saves the last good state, where there is one that is not saved yet."""
+        if self.torn:
+            log.warning("Step %d was broken off by %r: the newest snapshot is what there is", self.step + 1, error)
+        elif self.step:
+            try:
+                self._end()
+            except Exception:
+                log.exception("The training could not be saved after %r", error)
 
     def _step(self, metrics: Metrics | None) -> Step:
         started, options, accelerator = time.perf_counter(), self.options, self.accelerator
@@ -204,7 +223,7 @@ class _Run:
             clips += loss.clips if not math.isfinite(value) else ()
             for name, number in loss.metrics.items():
                 said[name] = said.get(name, 0.0) + number / options.accumulation
-        total, norm = self._together(total)
+        total, norm, ends = self._together(total, bool(self.signals))
         if not math.isfinite(total) or not math.isfinite(norm):
             self._forget_gradients()
             named = f"the clips are {', '.join(clips)}" if clips else "no clip of this process gave it alone"
@@ -214,32 +233,45 @@ class _Run:
                 "Look at those clips; else use a lower rate, or bfloat16 in the place of float16",
             )
         rate = options.optimizer.rate_at(self.step, options.steps)
-        self.optimizer.step(rate)
-        self.step += 1
-        for name, parameter in self.named if self.average else ():
-            self.average[name].lerp_(parameter.detach().float(), 1 - options.ema)
+        with held_back():
+            self._update(rate)
         done = Step(self.step, options.steps, total, rate * options.optimizer.rate, norm, time.perf_counter() - started)
         if metrics is not None:
             shown = {"loss": done.loss, "rate": done.rate, "grad_norm": norm, "seconds": round(done.seconds, 4)}
             metrics(self.step, shown | said)
+        if ends:
+            raise KeyboardInterrupt
         return done
 
     @torch.no_grad()
-    def _together(self, loss: float) -> tuple[float, float]:
-        """The loss and the gradient's length over all processes; the gradients become their mean, and are clipped."""
+    def _update(self, rate: float) -> None:
+        self.torn = True
+        self.optimizer.step(rate)
+        for name, parameter in self.named if self.average else ():
+            self.average[name].lerp_(parameter.float(), 1 - self.options.ema)
+        self.step += 1
+        self.torn = False
+
+    @torch.no_grad()
+    def _together(self, loss: float, ends: bool) -> tuple[float, float, bool]:
+        """The loss and the gradient's length over all processes, and whether one of them is to end.
+
+        The gradients become their mean, and are clipped.
+        """
         gradients = [p.grad for _, p in self.named if p.grad is not None]
         if not gradients:
             raise TrainingError("The loss has no gradient", "it must depend on what is learnt", "Check the task")
         if self.accelerator.num_processes > 1:
-            flat = torch.cat([g.float().flatten() for g in gradients] + [gradients[0].new_tensor([loss]).float()])
+            said = torch.tensor([loss, float(ends)], device=gradients[0].device)
+            flat: Any = torch.cat([*(g.float().flatten() for g in gradients), said])
             flat = self.accelerator.reduce(flat, "mean")
-            loss = flat[-1].item()  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
-            for gradient, part in zip(gradients, flat.split([*(g.numel() for g in gradients), 1])):  # pyright: ignore
+            loss, ends = flat[-2].item(), flat[-1].item() > 0
+            for gradient, part in zip(gradients, flat.split([*(g.numel() for g in gradients), 2])):
                 gradient.copy_(part.view_as(gradient))
         norm = nn.utils.get_total_norm(gradients)
         if self.options.grad_clip and torch.isfinite(norm):
             nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.options.grad_clip, norm)
-        return loss, norm.item()
+        return loss, norm.item(), ends
 
     def _forget_gradients(self) -> None:
         for _, parameter in self.named:

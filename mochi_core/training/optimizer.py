@@ -70,6 +70,14 @@ class OptimizerOptions:
         return self.final_rate + (1 - self.final_rate) * shape
 
 
+def check_installed(options: OptimizerOptions) -> None:
+    """Raises `TrainingError` when the optimiser needs what is not installed."""
+    if options.name == "muon":
+        _muon()
+    else:
+        _adamw(options.name)
+
+
 class Optimizer:
     """One or two of torch's optimisers over named parameters, as one."""
 
@@ -80,13 +88,8 @@ class Optimizer:
         # torch's Muon is for matrices.
         matrices = [(n, p) for n, p in named if p.ndim == 2] if options.name == "muon" else []
         if matrices:
-            muon: Any = getattr(torch.optim, "Muon", None)
-            if muon is None:
-                raise TrainingError(
-                    f"optimizer.name is 'muon' with torch {torch.__version__}", "it needs torch 2.9", "Use adamw"
-                )
             shaped = self._groups(matrices, options.rate)
-            self.parts.append(muon(shaped, lr=options.rate, weight_decay=options.weight_decay))
+            self.parts.append(_muon()(shaped, lr=options.rate, weight_decay=options.weight_decay))
         done = {name for name, _ in matrices}
         others = [(name, parameter) for name, parameter in named if name not in done]
         if others:
@@ -139,6 +142,15 @@ class Optimizer:
                 if int(owner) == index:
                     state.setdefault(int(parameter), {})[what] = value
             part.load_state_dict({**content, "state": state})
+
+
+def _muon() -> Any:
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        raise TrainingError(
+            f"optimizer.name is 'muon' with torch {torch.__version__}", "it needs torch 2.9", "Use adamw"
+        )
+    return muon
 
 
 def _adamw(name: str) -> Any:

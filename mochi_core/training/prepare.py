@@ -34,6 +34,8 @@ from ..weights.writer import Output, write_safetensors
 from .captions import reading
 from .clips import choose_size, enlargement, left_out, read_pixels
 from .dataset import CLIPS, FILE_NAME, MANIFEST, Entry, Manifest, read_tensors
+from .lock import NAME as LOCK
+from .lock import locked
 from .sources import PROCESSING, ClipPlan, PrepareOptions, Source
 
 log = logging.getLogger(__name__)
@@ -138,29 +140,31 @@ def prepare(
     What is there already and would become the same is left alone. A clip that cannot be used is skipped and reported.
     However a run ends, what it finished is kept.
 
-    Raises `DatasetError` when there is nothing to prepare or the folders cannot be used, `WeightsError` and
-    `ConfigError` as loading does, `MemoryBudgetError`, `LatentsError` when a network makes what are no numbers,
-    `OSError` as writing does, and what `progress` raises.
+    Raises `DatasetError` when there is nothing to prepare, or the folders cannot be used or are in use,
+    `WeightsError` and `ConfigError` as loading does, `MemoryBudgetError`, `LatentsError` when a network makes what are
+    no numbers, `OSError` as writing does, and what `progress` raises.
     """
     clips, target = Source.open(Path(source)), Path(target)
-    before = _written_before(clips.folder, target)
+    _written_before(clips.folder, target)  # refuses before there is work
     known = _known(models)
     manifest = Manifest(_plain(options, models), known.identities, known.statistics, known.text_width, ())
     work = _Work(target, manifest, progress, 3 * len(clips.videos))
     plans = _plans(clips, options, models, known, work)
     if not plans:
         raise _nothing(clips, work)
-    for plan in plans:
-        kept = _kept(before.get(plan.key), plan, target)
-        if kept is not None:
-            work.entries[plan.key] = kept
-    to_encode = [plan for plan in plans if plan.key not in work.entries]
-    to_read = [plan for plan in plans if plan.key not in work.entries or not work.entries[plan.key].features_of]
-    work.total = work.step + len(to_encode) + len(to_read)
-    work.write()  # from here on the folder is known to be ours
-    _encode_videos(to_encode, options, models, work)
-    _encode_captions([plan for plan in to_read if plan.key in work.entries], models, work)
-    _remove_strays(target, {entry.file for entry in work.entries.values()})
+    with locked(target, DatasetError):
+        before = _written_before(clips.folder, target)
+        for plan in plans:
+            kept = _kept(before.get(plan.key), plan, target)
+            if kept is not None:
+                work.entries[plan.key] = kept
+        to_encode = [plan for plan in plans if plan.key not in work.entries]
+        to_read = [plan for plan in plans if plan.key not in work.entries or not work.entries[plan.key].features_of]
+        work.total = work.step + len(to_encode) + len(to_read)
+        work.write()  # from here on the folder is known to be ours
+        _encode_videos(to_encode, options, models, work)
+        _encode_captions([plan for plan in to_read if plan.key in work.entries], models, work)
+        _remove_strays(target, {entry.file for entry in work.entries.values()})
     if not work.entries:
         raise _nothing(clips, work)
     return _report(plans, work)
@@ -177,7 +181,7 @@ def _written_before(source: Path, target: Path) -> dict[tuple[str, int], Entry]:
         raise DatasetError(f"{target} is no folder of its own", "a dataset is one", "Choose another folder")
     if (target / MANIFEST).exists():
         return {(entry.source, entry.start): entry for entry in Manifest.read(target).clips}
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and any(path.name != LOCK for path in target.iterdir()):
         raise DatasetError(
             f"{target} has files and is no dataset", "nothing is mixed with what is there", "Choose an empty folder"
         )

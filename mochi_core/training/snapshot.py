@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Writes a snapshot into a training's folder, then removes all but the newest `keep`.
+    """Writes a snapshot into a training's folder, then removes all but the newest `keep`, and parts that a crash left.
 
     Whatever fails, disk full included, the older ones are still there.
     """
@@ -51,6 +51,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     for old in snapshots(folder)[: -max(keep, 1)]:
         if old != path:
             old.unlink(missing_ok=True)
+    for part in path.parent.glob(".step_*.part"):
+        part.unlink(missing_ok=True)
     return path
 
 

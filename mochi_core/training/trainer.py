@@ -4,8 +4,9 @@ train(read_config("lora.yaml")[0])
 """
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..dit import AsymmDiT
 from ..errors import TrainingError
 from ..latents import LatentStatistics
 from ..memory.blocks import streamed
-from ..memory.plan import MemoryPolicy
+from ..memory.plan import MemoryPolicy, waiting_place
 from ..memory.training_plan import plan_training
 from ..memory.waiting import Source
 from ..progress import Progress, silent
@@ -29,8 +30,10 @@ from .captions import reading
 from .checkpointing import Checkpoints, checkpointed
 from .config import TINY, TrainingConfig
 from .dataset import Dataset
+from .lock import locked
 from .loop import Watch, run, unseen
 from .lora import GROUPS, TrainableLora
+from .optimizer import check_installed
 from .samples import Prompts, Strips
 from .task import Batches, DiTTask
 
@@ -76,8 +79,17 @@ def train(config: TrainingConfig, watch: Watch = unseen, sampling: Progress = si
 
     Raises `MochiError` kinds, and `OSError` as writing does.
     """
-    with prepared(config, sampling) as task:
-        return run(task, config.loop, config.output, watch)
+    # One of several processes writes, and they have their number before anything is loaded.
+    leads = os.environ.get("RANK", "0") == "0"
+    try:
+        with locked(Path(config.output), TrainingError) if leads else nullcontext(), prepared(config, sampling) as task:
+            return run(task, config.loop, config.output, watch)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"The device has no more memory ({str(error).splitlines()[0]})",
+            "a training must fit, beside all else that is there",
+            "Set memory.budget to fewer gigabytes, or model.base to q8_0, or prepare smaller clips",
+        ) from error
 
 
 @contextmanager
@@ -87,6 +99,7 @@ def prepared(config: TrainingConfig, sampling: Progress = silent) -> Iterator[Di
     dataset = Dataset.open(config.dataset)
     file = build.open_dit(dit)
     dataset.check(file.config.latent_channels, file.config.text_feature_dim, file.statistics)
+    check_installed(config.optimizer)
     metadata = {"modelspec.architecture": "mochi-1"}
     device = training_device(config.device)
     # The T5 is not needed afterwards.
@@ -176,7 +189,8 @@ def _placement(config: TrainingConfig, network: AsymmDiT, batches: Batches, devi
     if memory.by_hand or device.type == "cpu" or config.kind == "full":
         resident = depth if memory.resident_blocks is None or device.type == "cpu" else memory.resident_blocks
         counts = (memory.qkv or 0, memory.feed_forward or 0, memory.post_attention or 0, memory.blocks or 0)
-        return Placement(depth, min(resident, depth), "pinned", Checkpoints(*counts))
+        source, _ = waiting_place(network.blocks, resident, device)  # pyright: ignore[reportArgumentType]
+        return Placement(depth, min(resident, depth), source, Checkpoints(*counts))
     size = max((clip.size for clip in batches.order.clips), key=lambda size: size.width * size.height * size.frames)
     ranks = {group: getattr(config.lora, group).rank for group in GROUPS}
     budget = MemoryPolicy(device, _budget(config)).budget_now

@@ -40,7 +40,7 @@ MAIN_FRAMES = (scenes.FRAMES - 1) // FRAMES_PER_LATENT + 1
 class DiTRecipe:
     """`lengths` are latent frames and how often a micro-batch has them; `null` of the captions are the null prompt."""
 
-    batch: int = 96
+    batch: int = 64
     null: float = 0.1
     levels: NoiseLevels = NoiseLevels("shifted", shift=2.0, stratified=True)
     lengths: tuple[tuple[int, float], ...] = ((4, 0.82), (3, 0.08), (2, 0.05), (5, 0.05))

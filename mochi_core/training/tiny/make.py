@@ -11,10 +11,11 @@ Shapes: `B C T H W` = batch, channels, latent frames, latent rows, latent column
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ...text.tokenizer import read_tokenizer
 from ...weights import build
 from ...weights.writer import write_whole
 from ..loop import LoopOptions, Task, Watch, run, unseen
+from ..metrics import read_metrics
 from ..optimizer import OptimizerOptions
 from ..trainer import training_device
 from . import evaluate, scenes
@@ -41,8 +43,10 @@ from .vae import VAE, Crops, VAERecipe, VAETask, new_vae
 log = logging.getLogger(__name__)
 
 PARTS = 2
+STAGES = ("text", "vae", "decoder", "dit")
 USUAL_MINUTES = 120.0
-WORK, TIMES = "work", "times.json"
+WORK, TIMES, LOG = "work", "times.json", "training.json"
+LOGGED_POINTS = 60  # of each stage's curves
 MOST_LATENT_FRAMES = 5
 LONG_SHARE = 12  # one clip in so many is of the longest kind
 
@@ -77,7 +81,7 @@ class Recipe:
     vae_steps: int = 2000
     decoder_steps: int = 600
     clips: int = 8000
-    dit_steps: int = 4500
+    dit_steps: int = 3600
     text_batch: int = 128
     vae: VAERecipe = VAERecipe()
     decoder: VAERecipe = VAERecipe(kl=0.0, crops=((0.0, Crops(1, scenes.FRAMES, scenes.SIZE)),))
@@ -162,6 +166,7 @@ class _Make:
             rewritten(text, self.files.t5, metadata(config.text))
             measured = measure(self.files, recipe.asked, recipe.evaluated)
         self._write_card(measured, statistics.std)
+        self._write_log(measured)
         return measured
 
     def _learnt(self, name: str, task: Task, steps: int, rates: OptimizerOptions, ema: float) -> Path:
@@ -201,6 +206,20 @@ class _Make:
         said = card(measured, deviations, self.files.megabytes, LICENSE, self.times, self.processes.num_processes)
         write_whole(self.files.card, said.encode())
 
+    def _write_log(self, measured: Measured) -> None:
+        """What decided the checkpoint, how its stages went, and what came of it."""
+        stages = {name: read_metrics(self.work / name) for name in STAGES}
+        said = {
+            "recipe": asdict(self.recipe),
+            "processes": self.processes.num_processes,
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "times": {name: asdict(spent) for name, spent in self.times.items()},
+            "measured": asdict(measured),
+            "stages": {name: _thinned(lines) for name, lines in stages.items()},
+        }
+        write_whole(self.out / LOG, json.dumps(said, indent=1).encode())
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         """Adds to what a stage took, over interruptions too."""
@@ -217,6 +236,17 @@ class _Make:
     @property
     def _leads(self) -> bool:
         return self.processes.is_main_process
+
+
+def _thinned(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The curves of a stage in fewer points, each the mean of what lies between."""
+    taken = -(-len(lines) // LOGGED_POINTS) or 1
+    parts = [lines[start : start + taken] for start in range(0, len(lines), taken)]
+    names = [name for name in lines[0] if name not in ("step", "seconds")]
+    return [
+        {"step": part[-1]["step"]} | {name: round(fmean(line[name] for line in part), 5) for name in names}
+        for part in parts
+    ]
 
 
 def read_vae(path: Path) -> VAE:

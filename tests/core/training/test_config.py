@@ -16,6 +16,19 @@ EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "lora.yaml"
 LEAST = {"dataset": "clips", "output": "out"}
 
 
+# Said once, of the first group of layers.
+OF_EVERY_GROUP = {
+    f"lora.{group}.{key}" for group in ("out", "feed_forward", "modulation") for key in ("alpha", "dropout")
+}
+
+
+def keys(values, name=""):
+    """The keys of a configuration, with those of groups by dots."""
+    if not isinstance(values, dict) or not values:
+        return {name}
+    return {key for one, inner in values.items() for key in keys(inner, f"{name}.{one}" if name else one)}
+
+
 def written(folder, values):
     path = folder / "config.yaml"
     path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
@@ -34,6 +47,8 @@ def test_the_example_of_the_docs_has_the_defaults_it_speaks_of():
     differ = {name for name, value in asdict(usual).items() if asdict(config)[name] != value}
     assert differ == {"model", "memory", "samples"} and notes == ()
     assert config.samples.every and config.memory.budget == 24
+    lacking = keys(asdict(usual)) - keys(yaml.safe_load(EXAMPLE.read_text())) - OF_EVERY_GROUP
+    assert not lacking
 
 
 def test_everything_is_read(tmp_path):
@@ -79,6 +94,7 @@ def test_everything_is_read(tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"kind": "dora"}, "kind is 'dora'.*lora, full"),
         ({"kind": "full"}, "Set model.dtype to fp32"),
+        ({"kind": "full", "model": {"dtype": "fp32"}, "memory": {"resident_blocks": 3}}, "not streamed. Remove it"),
         ({"model": {"base": "int4"}}, "model.base is 'int4'"),
         ({"model": {"attention": "sage"}}, "gradients"),
         ({"model": {"attention": "what"}}, "attention is 'what'"),

@@ -140,6 +140,70 @@ def test_gradient_that_is_no_number_stops_too(tmp_path):
     assert snapshots.newest(tmp_path).step == 2
 
 
+def test_memory_that_runs_out_in_an_update_leaves_the_snapshot_before_it(tmp_path, monkeypatch, caplog):
+    """AdamW has changed some of the parameters by then, and not the others."""
+    real = torch.optim.AdamW.step
+
+    def torn(self, *rest):
+        if float(self.state[self.param_groups[0]["params"][0]].get("step", 0)) == 7:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *rest)
+
+    with monkeypatch.context() as context:
+        context.setattr(torch.optim.AdamW, "step", torn)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(ToyTask(), options(10), tmp_path / "torn")
+    assert snapshots.newest(tmp_path / "torn").step == 5 and "Step 8 was broken off" in caplog.text
+    run(ToyTask(), options(10), tmp_path / "torn")
+    run(ToyTask(), options(10), tmp_path / "whole")
+    assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_update_and_for_the_saving(kind, tmp_path, monkeypatch):
+    """One comes in the middle of an update, and again while it is saved."""
+    step, write = torch.optim.AdamW.step, snapshots.write_safetensors
+
+    def interrupted(self, *rest):
+        done = step(self, *rest)
+        if float(self.state[self.param_groups[0]["params"][0]]["step"]) == 7:
+            signal.raise_signal(kind)
+        return done
+
+    def again(*rest):
+        signal.raise_signal(kind)
+        write(*rest)
+
+    before = signal.signal(kind, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as context:
+            context.setattr(torch.optim.AdamW, "step", interrupted)
+            context.setattr(snapshots, "write_safetensors", again)
+            with pytest.raises(KeyboardInterrupt):
+                run(ToyTask(), options(10, save_every=0), tmp_path)
+        assert signal.getsignal(kind) is signal.default_int_handler
+    finally:
+        signal.signal(kind, before)
+    assert snapshots.newest(tmp_path).step == 7 and final(tmp_path)
+
+
+def test_nothing_learnt_leaves_nothing(tmp_path):
+    """Whoever corrects the settings that failed at once can go on in that folder."""
+    with pytest.raises(TrainingError, match="step 1 is nan"):
+        run(ToyTask(bad=(0,)), options(), tmp_path)
+    assert snapshots.newest(tmp_path) is None and not list(tmp_path.glob("final*"))
+    run(ToyTask(), options(5), tmp_path)
+
+
+def test_parts_that_a_crash_left_are_removed(tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / ".step_00000003.safetensors.x7.part").write_bytes(b"half")
+    run(ToyTask(), options(5), tmp_path)
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step_00000005.safetensors"]
+
+
 def test_other_settings_are_named(whole):
     with pytest.raises(TrainingError, match=r"loop\.optimizer\.rate was 0\.01 and is 0\.02"):
         run(ToyTask(), options(optimizer=OptimizerOptions(rate=2e-2, warmup=3)), whole)

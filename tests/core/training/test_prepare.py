@@ -477,6 +477,20 @@ def test_a_full_disk_costs_nothing_that_was_there(source, target, monkeypatch, r
     assert runs["encoded"] == (1 if full_at == "a clip" else 2)
 
 
+def test_a_folder_is_for_one_run_at_a_time(source, target):
+    """The second one has looked at the clips by then, as the first one was still looking."""
+    seen = []
+
+    def progress(step, total, preview=None):
+        if step == 3 and not seen:
+            seen.append(step)
+            with pytest.raises(DatasetError, match="is being written to by another process"):
+                prepare(source, target, OPTIONS, MODELS)
+
+    report = prepare(source, target, OPTIONS, MODELS, progress)
+    assert seen and len(report.prepared) == 2 and len(prepare(source, target, OPTIONS, MODELS).unchanged) == 2
+
+
 def test_the_networks_are_never_on_the_device_together(source, target, monkeypatch):
     there, seen = set(), []
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from mochi_core.errors import DatasetError, MochiError, TrainingError
 from mochi_core.pipeline import MochiPipeline, TextToVideo
 from mochi_core.sampling.schedule import linear_quadratic
 from mochi_core.shapes import VideoSize
+from mochi_core.training import trainer
 from mochi_core.training.dataset import Dataset
-from mochi_core.training.metrics import read_metrics
+from mochi_core.training.metrics import NAME, read_metrics
 from mochi_core.training.prepare import PrepareModels, PrepareOptions, prepare
 from mochi_core.training.settings import settings
+from mochi_core.training.snapshot import newest, snapshots
 from mochi_core.training.trainer import TrainingConfig, prepared, train
 from mochi_core.video_file import write_mp4
 from mochi_core.weights import build
@@ -103,6 +106,17 @@ def test_goes_on_where_it_stopped(prepared_clips, tmp_path):
     broken = train(config(prepared_clips, tmp_path / "broken", lora=dropout, ema=0.5))
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     assert whole.read_bytes() == broken.read_bytes()
+
+
+def test_a_folder_is_for_one_training_at_a_time(prepared_clips, tmp_path):
+    own = config(prepared_clips, tmp_path, steps=2)
+
+    def second(done):
+        with pytest.raises(TrainingError, match=r"is being written to by another process.*choose another folder"):
+            train(own)
+
+    train(own, second)
+    train(own)
 
 
 def test_changed_settings_are_named(prepared_clips, tmp_path):
@@ -211,6 +225,21 @@ def test_two_processes_learn_what_one_learns_from_both_batches(tmp_path):
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5, atol=1e-7)
 
 
+def test_two_processes_end_together(tmp_path):
+    """SIGTERM, as schedulers send it: both end after the same step, which is saved, though none is due."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen([*launch, str(TOY), str(tmp_path), "4000", "1", "0"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / NAME).exists() or len((tmp_path / NAME).read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.wait(timeout=60)
+    (last,) = snapshots(tmp_path)
+    assert newest(tmp_path).step == read_metrics(tmp_path)[-1]["step"] >= 5, last
+    assert (tmp_path / "final.safetensors").exists()
+
+
 # What cannot be, said before anything is loaded
 
 
@@ -239,6 +268,22 @@ def nothing_is_loaded(monkeypatch):
 def test_wrong_things_are_found_early(changed, words, prepared_clips, tmp_path):
     with pytest.raises(MochiError, match=words):
         train(config(prepared_clips, tmp_path, **changed))
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_an_optimiser_that_is_not_installed_is_found_early(prepared_clips, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(TrainingError, match="needs the package bitsandbytes"):
+        train(config(prepared_clips, tmp_path, optimizer={"name": "paged_adamw_8bit"}))
+
+
+def test_memory_that_runs_out_has_a_remedy(prepared_clips, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(trainer, "run", full)
+    with pytest.raises(TrainingError, match=r"no more memory \(CUDA out of memory.*GiB\.\).*memory\.budget"):
+        train(config(prepared_clips, tmp_path))
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

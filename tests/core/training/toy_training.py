@@ -1,5 +1,6 @@
-"""A training small enough for a test, as a program that a test can kill: its folder, steps, and accumulation."""
+"""A training small enough for a test, as a program that a test can kill: folder, steps, accumulation, save_every."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,5 +50,7 @@ def options(steps=30, **changed):
 
 
 if __name__ == "__main__":
-    folder, steps, accumulation = (*sys.argv[1:], "2")[:3]
-    run(ToyTask(pause=0.01), options(int(steps), accumulation=int(accumulation)), folder)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder, *numbers = sys.argv[1:]
+    names = ("steps", "accumulation", "save_every")
+    run(ToyTask(pause=0.01), options(**dict(zip(names, map(int, numbers)))), folder)

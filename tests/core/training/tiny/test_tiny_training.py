@@ -128,6 +128,9 @@ def test_make_writes_a_checkpoint_that_the_pipeline_runs(tmp_path):
     assert measured is not None and 0 <= measured.generation["all"] <= 1
     files = ModelFiles(tmp_path)
     assert "Measured with the bfloat16 files (2 captions" in files.card.read_text()
+    log = json.loads((tmp_path / "training.json").read_text())
+    assert log["recipe"]["seed"] == 0 and log["measured"]["count"] == 2
+    assert [line["step"] for line in log["stages"]["dit"]] == [1, 2] and "psnr" in log["stages"]["vae"][0]
     pipeline = MochiPipeline.from_files(dit=files.dit, vae=files.vae, t5=files.t5, tokenizer=files.tokenizer)
     assert next(pipeline.dit.parameters()).dtype == torch.bfloat16
     assert read_vae(files.vae).encoder.config == SMALL.vae
