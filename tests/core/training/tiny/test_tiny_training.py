@@ -123,6 +123,14 @@ RECIPE = Recipe(
 )
 
 
+def test_the_same_seed_makes_the_same_checkpoint(tmp_path):
+    for name in ("one", "two"):
+        make(tmp_path / name, RECIPE)
+    one, two = ModelFiles(tmp_path / "one"), ModelFiles(tmp_path / "two")
+    for part in ("dit", "vae", "t5", "tokenizer"):
+        assert getattr(one, part).read_bytes() == getattr(two, part).read_bytes(), part
+
+
 def test_make_writes_a_checkpoint_that_the_pipeline_runs(tmp_path):
     measured = make(tmp_path, RECIPE)
     assert measured is not None and 0 <= measured.generation["all"] <= 1
