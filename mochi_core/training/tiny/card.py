@@ -12,7 +12,7 @@ background, {size}x{size}, 7 to {most} frames. It makes the whole chain real on 
 -> AsymmDiT with CFG -> Euler -> causal decoder. {license}; the data is generated, nothing was downloaded.
 {megabytes:.1f} MB in bfloat16.
 
-`python -m mochi_core.training.tiny make --out DIR` makes it anew, `... evaluate --model DIR` measures it.
+`make tiny` makes it anew, from seed {seed}; `python -m mochi_core.training.tiny evaluate` measures it.
 
 | File | What |
 |---|---|
@@ -26,7 +26,8 @@ from {low:.2f} to {high:.2f}, so the released model's would be wrong**; in the D
 null prompt is an all-False mask.
 
 Words it knows. {words}
-It has never seen a {shape} or anything {motion}: that is for a LoRA to teach (its T5 knows the words).
+Prompts are best written as in "a red circle moving right on a black background". It has never seen a {shape} or
+anything {motion}: that is for a LoRA to teach (its T5 knows the words).
 
 Measured with the bfloat16 files ({count} captions of held-out combinations, {frames} frames, {steps} steps, CFG {cfg},
 fixed seeds) by `classifier.py`, which looks at pixels alone:
@@ -69,6 +70,7 @@ def card(
     stds: tuple[float, ...],
     megabytes: float,
     license: str,
+    seed: int,
     times: Mapping[str, Spent],
     processes: int,
 ) -> str:
@@ -87,6 +89,7 @@ def card(
         size=scenes.SIZE,
         most=scenes.MOST_FRAMES,
         license=license,
+        seed=seed,
         megabytes=megabytes,
         low=min(stds),
         high=max(stds),

@@ -203,7 +203,15 @@ class _Make:
         return {frames: Cache.read(path) for frames, path in paths.items()}
 
     def _write_card(self, measured: Measured, deviations: tuple[float, ...]) -> None:
-        said = card(measured, deviations, self.files.megabytes, LICENSE, self.times, self.processes.num_processes)
+        said = card(
+            measured,
+            deviations,
+            self.files.megabytes,
+            LICENSE,
+            self.recipe.seed,
+            self.times,
+            self.processes.num_processes,
+        )
         write_whole(self.files.card, said.encode())
 
     def _write_log(self, measured: Measured) -> None:
