@@ -126,7 +126,7 @@ def generate(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a video. Without files, with the small checkpoint that comes along: 64 x 64, 13 or 19 frames.
+    """Make a video. Without files, with the small checkpoint that comes along: 64 x 64, 7 to 25 frames.
 
     The latents are saved beside the video until it is written: `decode` goes on from there.
     """

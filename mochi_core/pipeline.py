@@ -108,7 +108,7 @@ class MochiPipeline:
 
     @classmethod
     def tiny(cls, dtype: torch.dtype = torch.float32, memory: MemoryPolicy | None = None) -> "MochiPipeline":
-        """The embedded small checkpoint: 64x64, 13 or 19 frames, seconds on any CPU."""
+        """The embedded small checkpoint: 64x64, 7 to 25 frames, seconds on any CPU."""
         return cls.from_files(
             dit=build.TINY_DIT,
             vae=build.TINY_VAE,

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 @app.command()
 def make(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; an interrupted one goes on there.")],
-    minutes: Annotated[float, typer.Option(help="About how long it may take on two cores.")] = 120.0,
+    minutes: Annotated[float, typer.Option(help="About how long it may take on two cores.")] = 75.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
     """The tiny checkpoint from nothing. On two cores start two processes, as `make tiny` does."""

@@ -25,7 +25,10 @@ Metadata: `config` (JSON), and in DiT and VAE `latents_mean`, `latents_std`: **i
 from {low:.2f} to {high:.2f}, so the released model's would be wrong**; in the DiT `latent_colours` for previews. The
 null prompt is an all-False mask.
 
-Words it knows. {words}
+Words it knows:
+
+{words}
+
 Prompts are best written as in "a red circle moving right on a black background". It has never seen a {shape} or
 anything {motion}: that is for a LoRA to teach (its T5 knows the words).
 
@@ -37,7 +40,7 @@ fixed seeds) by `classifier.py`, which looks at pixels alone:
 {generation}
 
 VAE on clips of held-out combinations: {psnr:.1f} dB PSNR; the classifier reads through it {through}.
-Reserved shape and motion through the VAE: {reserved}.
+With the shape or the motion that no training clip has: {reserved_psnr:.1f} dB; {reserved}.
 
 Made in {minutes:.0f} minutes by {processes} CPU process(es), each of which had a core for {processor:.0f} of them.
 Minutes by stage: {stages}.
@@ -81,8 +84,8 @@ def card(
         "Motions": (scenes.MOTION_WORDS, (scenes.RESERVED_MOTION,)),
         "Backgrounds": (scenes.BACKGROUND_WORDS, ()),
     }
-    words = " ".join(
-        f"{kind}: {', '.join('/'.join(group) for name, group in some.items() if name not in never)}."
+    words = "\n".join(
+        f"- {kind}: {', '.join('/'.join(group) for name, group in some.items() if name not in never)}"
         for kind, (some, never) in kinds.items()
     )
     return TEMPLATE.format(
@@ -103,6 +106,7 @@ def card(
         generation="\n".join(f"| {name} | {_percent(share)} |" for name, share in measured.generation.items()),
         psnr=measured.vae["psnr"],
         through=_listed(measured.vae),
+        reserved_psnr=measured.reserved["psnr"],
         reserved=_listed(measured.reserved),
         minutes=sum(spent.minutes for spent in times.values()),
         processor=sum(spent.processor_minutes for spent in times.values()),
@@ -116,4 +120,4 @@ def _listed(shares: Mapping[str, float]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %")
+    return f"{share:.1%}".replace("%", " %").replace(".0 ", " ")

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 PARTS = 2
 STAGES = ("text", "vae", "decoder", "dit")
-USUAL_MINUTES = 120.0
+USUAL_MINUTES = 75.0
 WORK, TIMES, LOG = "work", "times.json", "training.json"
 LOGGED_POINTS = 60  # of each stage's curves
 MOST_LATENT_FRAMES = 5
