@@ -30,7 +30,7 @@ Words it knows:
 {words}
 
 Prompts are best written as in "a red circle moving right on a black background". It has never seen a {shape} or
-anything {motion}: that is for a LoRA to teach (its T5 knows the words).
+anything {motion}: that is for a LoRA to teach (its T5 knows the words), and until then a prompt for one may give noise.
 
 Measured with the bfloat16 files ({count} captions of held-out combinations, {frames} frames, {steps} steps, CFG {cfg},
 fixed seeds) by `classifier.py`, which looks at pixels alone:
