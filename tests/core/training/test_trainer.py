@@ -152,7 +152,7 @@ def test_half_precision_base_and_float32_factors(prepared_clips, tmp_path):
         assert all(parameter.grad.dtype == torch.float32 for parameter in task.trained.parameters())
 
 
-@pytest.mark.parametrize("base, likeness", [("fp8_scaled", 0.98), ("q8_0", 0.99), ("q4_0", 0.9)])
+@pytest.mark.parametrize("base, likeness", [("fp8_scaled", 0.98), ("q8_0", 0.99), ("q4_0", 0.8)])
 def test_base_in_fewer_bits_learns_the_same_direction(base, likeness, prepared_clips, tmp_path):
     gradients = []
     for one in ("keep", base):
