@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_ctrl_c_cancels_what_runs(host: RunningHost, tmp_path: Path, language: s
             start_new_session=True,
         )
         assert client.stdout and client.stdout.readline().startswith("queued as ")
+        while not host.get("/queue")["queue_running"]:  # what only waits leaves no history
+            time.sleep(0.05)
         os.killpg(client.pid, signal.SIGINT)  # as a terminal does it
         _, said = client.communicate(timeout=30)
         assert client.returncode != 0 and "Traceback" not in said, said
